@@ -1,0 +1,215 @@
+"""The words of the schedule language: points in time, selectors, and entries that join the two. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+from .errors import ScheduleError, near_match
+
+__all__ = ["BLOCK", "Entry", "Group", "Selector", "Time", "spec_of"]
+
+BLOCK = re.compile(r"(?:(.+)\.)?block\[(\d+)\]")  # the name of a block: its stack and its index
+UNITS = ("step", "ep", "%")
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z%]*)")
+_SELECTOR = re.compile(r"(?:([A-Za-z_][\w.]*)\.)?([A-Za-z_]\w*)\s*(?:\[([^\]]*)\])?")
+_INDEX = re.compile(r"(-?\d+)|(-?\d+)?\s*:\s*(-?\d+)?")
+
+
+class Group(Protocol):
+    """What a schedule has to know of a layer group."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def stack(self) -> str: ...
+    @property
+    def parameter_names(self) -> tuple[str, ...]: ...
+    @property
+    def level(self) -> int | None: ...
+
+
+@dataclass(frozen=True)
+class Time:
+    """A point in the run, or a distance in it, exact: ``Time.parse("1.5ep")``.
+
+    Args:
+        value: Number of units, never negative; a whole number where the unit is ``step``.
+        unit: ``step`` (optimizer updates), ``ep`` (epochs) or ``%`` (of all optimizer updates of the run).
+    """
+
+    value: Fraction
+    unit: str = "step"
+
+    def __post_init__(self) -> None:
+        if self.value == 0:
+            object.__setattr__(self, "unit", "step")
+        if self.unit == "step" and self.value.denominator != 1:
+            raise ScheduleError(f"{self}: steps are whole numbers. Write for instance {math.ceil(self.value)}step.")
+        if self.unit == "%" and self.value > 100:
+            raise ScheduleError(f"{self} lies beyond the run. Percentages go from 0% to 100%.")
+
+    @classmethod
+    def parse(cls, text: str) -> Time:
+        """Read ``0``, ``500step``, ``1.5ep`` or ``30%``; raise ScheduleError for anything else."""
+        match = _TIME.fullmatch(text.strip())
+        if not match:
+            raise ScheduleError(f"{text.strip()!r} is no time. Write 0, 500step, 1.5ep or 30%.")
+        number, unit = match.groups()
+        if not unit and Fraction(number) != 0:
+            raise ScheduleError(f"{number} has no unit. Write {number}step, {number}ep or {number}%.")
+        if unit and unit not in UNITS:
+            guess = next((u for u in UNITS if unit.lower().startswith(u)), "")
+            hint = f" Did you mean {number}{guess}?" if guess else near_match(unit, UNITS)
+            raise ScheduleError(f"{unit!r} in {text.strip()!r} is no unit. Units are step, ep and %.{hint}")
+        return cls(Fraction(number), unit or "step")
+
+    def to_step(self, total_steps: int | None, steps_per_epoch: int | None) -> int:
+        """Return the first optimizer step that begins at or after this time.
+
+        Args:
+            total_steps: Optimizer updates in the whole run; needed for ``%``.
+            steps_per_epoch: Optimizer updates in one epoch, a last partial accumulation window included; needed for
+                ``ep``.
+        """
+        if self.unit == "step":
+            return int(self.value)
+        known = steps_per_epoch if self.unit == "ep" else total_steps
+        if known is None:
+            what, other = ("steps_per_epoch", "%") if self.unit == "ep" else ("total_steps", "ep")
+            raise ScheduleError(
+                f"{self} needs {what}, which is not known here (a dataset without a length has no epochs). "
+                f"Write the time in step or {other} instead, or pass {what}."
+            )
+        return math.ceil(self.value * known / (1 if self.unit == "ep" else 100))
+
+    def __str__(self) -> str:
+        if self.value == 0:
+            return "0"
+        digits = 0
+        while self.value.denominator % 2 == 0 or self.value.denominator % 5 == 0:
+            if (self.value * 10**digits).denominator == 1:
+                break
+            digits += 1
+        number = f"{int(self.value * 10**digits):0{digits + 1}d}"
+        return f"{number[:-digits]}.{number[-digits:]}{self.unit}" if digits else f"{number}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Names layer groups: ``Selector.parse("decoder.block[-4:]")``.
+
+    Args:
+        group: ``all``, ``head``, ``embeddings``, ``block`` or another name that ``layer_groups`` gives.
+        stack: Only groups of this stack; empty for those of every stack.
+        index: Blocks wanted, as in Python: an integer, a ``(start, stop)`` pair, or None for all.
+    """
+
+    group: str
+    stack: str = ""
+    index: int | tuple[int | None, int | None] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Selector:
+        """Read a selector; raise ScheduleError that says what is wrong with it."""
+        match = _SELECTOR.fullmatch(text.strip())
+        if not match:
+            raise ScheduleError(
+                f"{text.strip()!r} is no selector. Write head, embeddings, block[3], block[-4:], decoder.block or all."
+            )
+        stack, group, index = match.groups()
+        if index is None:
+            return cls(group, stack or "")
+        bounds = _INDEX.fullmatch(index.strip())
+        if not bounds:
+            raise ScheduleError(f"[{index}] is no index. Write block[3], block[-4:] or block[2:5].")
+        if group != "block":
+            raise ScheduleError(f"only blocks have an index, {group!r} has none. Write {group} or block[{index}].")
+        single, start, stop = (None if part is None else int(part) for part in bounds.groups())
+        return cls(group, stack or "", single if single is not None else (start, stop))
+
+    def select(self, groups: Sequence[Group]) -> list[str]:
+        """Return the names of the groups meant, bottom → top; raise ScheduleError where there is none."""
+        if self.group == "all" and not self.stack:
+            return [group.name for group in groups]
+        stacks: dict[str, list[str]] = {}
+        for group in groups:
+            base = group.name.removeprefix(f"{group.stack}.").partition("[")[0]
+            if self.group in (base, "all") and self.stack in ("", group.stack):
+                stacks.setdefault(group.stack, []).append(group.name)
+        if not stacks:
+            allowed = sorted({"all"} | {group.name.partition("[")[0] for group in groups})
+            raise ScheduleError(
+                f"{self} matches nothing in this model. It has {', '.join(allowed)}."
+                + near_match(str(self).partition("[")[0], allowed)
+            )
+        found = [name for names in stacks.values() for name in self._take(names)]
+        if not found:
+            sizes = ", ".join(f"{len(names)} {f'in {stack}' if stack else 'blocks'}" for stack, names in stacks.items())
+            most = max(map(len, stacks.values()))
+            raise ScheduleError(f"{self} lies outside this model ({sizes}). Write block[0] to block[{most - 1}].")
+        return found
+
+    def _take(self, names: list[str]) -> list[str]:
+        if isinstance(self.index, int):
+            return [names[self.index]] if -len(names) <= self.index < len(names) else []
+        return names[slice(*self.index)] if self.index is not None else names
+
+    def __str__(self) -> str:
+        name = f"{self.stack}.{self.group}" if self.stack else self.group
+        if self.index is None:
+            return name
+        if isinstance(self.index, int):
+            return f"{name}[{self.index}]"
+        return f"{name}[{':'.join('' if bound is None else str(bound) for bound in self.index)}]"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One ``selector@time``: what opens, or with ``freeze`` is frozen again, and when."""
+
+    selector: Selector
+    time: Time
+    freeze: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Entry:
+        """Read ``block[-4:]@1ep`` or ``-embeddings@50%``."""
+        what, at, when = text.partition("@")
+        if not at:
+            raise ScheduleError(f"{text.strip()!r} has no time. Write {text.strip() or 'head'}@0 or …@1ep.")
+        freeze = what.strip().startswith("-")
+        return cls(Selector.parse(what.strip().removeprefix("-")), Time.parse(when), freeze)
+
+    def __str__(self) -> str:
+        return f"{'-' if self.freeze else ''}{self.selector}@{self.time}"
+
+
+def spec_of(names: Iterable[str], groups: Sequence[Group]) -> str:
+    """Write a set of groups as selectors, runs of blocks folded: ``block[4:6], head``, or ``all``."""
+    wanted = set(names)
+    owned = [group.name for group in groups if group.parameter_names]
+    if wanted.issuperset(owned):
+        return "all"
+    runs: list[tuple[str, int, int]] = []  # name without index, first, past the last; -1 where there is no index
+    open_runs: dict[str, int] = {}
+    for name in (group.name for group in groups if group.name in wanted):
+        match = BLOCK.fullmatch(name)
+        if not match:
+            runs.append((name, -1, -1))
+            continue
+        base, index = name.partition("[")[0], int(match[2])
+        position = open_runs.get(base)
+        if position is not None and runs[position][2] == index:
+            runs[position] = (base, runs[position][1], index + 1)
+        else:
+            open_runs[base] = len(runs)
+            runs.append((base, index, index + 1))
+    return ", ".join(
+        base if first < 0 else f"{base}[{first}]" if stop == first + 1 else f"{base}[{first}:{stop}]"
+        for base, first, stop in runs
+    )

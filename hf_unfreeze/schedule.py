@@ -1,0 +1,309 @@
+"""When what becomes trainable: points in time, selectors, schedules, and the phases they give. Needs no torch.
+
+The language, in full::
+
+    schedule  = entry {"," entry} | name | name "(" argument {"," argument} ")"
+    entry     = ["-"] selector "@" time          "-" freezes again what the selector names
+    selector  = "all" | [stack "."] group ["[" index "]"]      head, embeddings, block[3], decoder.block[-4:]
+    index     = integer | [integer] ":" [integer]              as in Python; -1 is the top block
+    time      = "0" | number ("step" | "ep" | "%")             % is of the whole run
+
+Spaces are free. An entry takes effect at the first optimizer step that begins at or after its time. Entries act in
+the order of their steps; at the same step in the order in which they are written, so the later one wins. A selector
+without a stack means that group of every stack: ``block[-4:]`` is the last four blocks of each.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from ._spec import BLOCK, Entry, Group, Selector, Time, spec_of
+from .errors import ScheduleError, near_match
+
+__all__ = [
+    "Entry",
+    "Phase",
+    "Schedule",
+    "Selector",
+    "Time",
+    "all_at_once",
+    "gradual",
+    "linear_probe",
+    "parse_schedule",
+    "spec_of",
+]
+
+_NAMED = re.compile(r"([A-Za-z_]\w*)\s*(?:\((.*)\))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """An interval of the run with a constant trainable set.
+
+    Args:
+        start: Optimizer step (``state.global_step``) from which it holds.
+        trainable: Names of the trainable groups, bottom → top.
+    """
+
+    start: int
+    trainable: tuple[str, ...]
+
+
+Value = Time | int | bool
+Change = tuple[Time, frozenset[str], bool]  # when, which groups, and True where they are frozen again
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A readable, hashable plan of what becomes trainable when; ``str(schedule)`` parses back to an equal one.
+
+    Example:
+        >>> schedule = parse_schedule("head@0, block[-4:]@1ep, all@50%")
+        >>> str(schedule)
+        'head@0, block[-4:]@1ep, all@50%'
+
+    Args:
+        entries: The ``selector@time`` entries, in the order written; empty for a named schedule.
+        name: Name of a named schedule (``gradual`` …), else empty.
+        arguments: ``(name, value)`` of every argument of a named schedule.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    name: str = ""
+    arguments: tuple[tuple[str, Value], ...] = ()
+
+    def phases(
+        self, groups: Sequence[Group], total_steps: int | None = None, steps_per_epoch: int | None = None
+    ) -> tuple[Phase, ...]:
+        """List every phase, also those that begin after the last step, in the order of their steps.
+
+        Args:
+            groups: ``layer_groups(model)``, bottom → top.
+            total_steps: Optimizer updates of the whole run.
+            steps_per_epoch: Optimizer updates in one epoch.
+
+        Raises:
+            ScheduleError: A selector matches nothing, or a phase would train nothing; all faults in one message.
+        """
+        changes = NAMED[self.name].changes(groups, dict(self.arguments)) if self.name else self._changes(groups)
+        timed = sorted(((t.to_step(total_steps, steps_per_epoch), names, freeze) for t, names, freeze in changes),
+                       key=lambda change: change[0])  # fmt: skip
+        trainable: set[str] = set()
+        at: dict[int, tuple[str, ...]] = {0: ()}
+        for start, names, freeze in timed:
+            trainable = trainable - names if freeze else trainable | names
+            at[start] = tuple(group.name for group in groups if group.name in trainable and group.parameter_names)
+        phases: list[Phase] = []
+        for start, names_at in at.items():
+            if not names_at:
+                raise ScheduleError(
+                    f"schedule {str(self)!r} trains nothing from step {start} on"
+                    + (
+                        f" ({', '.join(sorted(trainable))} has no parameter of its own in this model)"
+                        if trainable and start == 0
+                        else ""
+                    )
+                    + ". Open something at that time, for instance head@0 or block[-1]@0."
+                )
+            if not phases or names_at != phases[-1].trainable:
+                phases.append(Phase(start, names_at))
+        return tuple(phases)
+
+    def _changes(self, groups: Sequence[Group]) -> list[Change]:
+        changes: list[Change] = []
+        faults: list[str] = []
+        for entry in self.entries:
+            try:
+                changes.append((entry.time, frozenset(entry.selector.select(groups)), entry.freeze))
+            except ScheduleError as error:
+                faults.append(f"{entry}: {error}")
+        if faults:
+            raise ScheduleError(f"schedule {str(self)!r} does not fit the model.\n  " + "\n  ".join(faults))
+        return changes
+
+    def __str__(self) -> str:
+        if not self.name:
+            return ", ".join(map(str, self.entries))
+        arguments = ", ".join(f"{key}={str(value).lower()}" for key, value in self.arguments)
+        return f"{self.name}({arguments})" if arguments else self.name
+
+
+def parse_schedule(spec: str | Schedule) -> Schedule:
+    """Read a schedule; a ``Schedule`` comes back as it is.
+
+    Example:
+        >>> parse_schedule("gradual(every=0.5ep)")
+        Schedule(entries=(), name='gradual', arguments=(('every', Time(value=Fraction(1, 2), unit='ep')), ...
+
+    Raises:
+        ScheduleError: With every fault of the text, what is allowed, and a near match.
+    """
+    if isinstance(spec, Schedule):
+        return spec
+    if not isinstance(spec, str):
+        raise ScheduleError(f"a schedule is a string or a Schedule, not {spec!r} ({type(spec).__name__}).")
+    named = _NAMED.fullmatch(spec.strip())
+    if named:
+        return _parse_named(*named.groups())
+    entries: list[Entry] = []
+    faults: list[str] = []
+    for position, part in enumerate(spec.split(","), 1):
+        try:
+            entries.append(Entry.parse(part))
+        except ScheduleError as error:
+            faults.append(f"entry {position}: {error}")
+    if faults:
+        raise ScheduleError(f"schedule {spec!r} cannot be read.\n  " + "\n  ".join(faults)) from None
+    return Schedule(tuple(entries))
+
+
+def _parse_named(name: str, text: str | None) -> Schedule:
+    if name not in NAMED:
+        selectors = ("head", "embeddings", "block", "all")
+        hint = f" To open it at a time, write {name}@0 or {name}@1ep." if name in selectors else near_match(name, NAMED)
+        raise ScheduleError(f"{name!r} is no named schedule. There are {', '.join(NAMED)}.{hint}")
+    allowed = NAMED[name].arguments
+    given: dict[str, Any] = {}
+    for part in text.split(",") if text and text.strip() else ():
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if key not in allowed or not equals:
+            example = ", ".join(f"{k}={str(v).lower()}" for k, v in allowed.items()) or "no arguments"
+            raise ScheduleError(
+                f"{part.strip()!r} is no argument of {name}. It takes {example}.{near_match(key, allowed)}"
+            )
+        if key in given:
+            raise ScheduleError(f"{name} is given {key} twice. Write it once.")
+        given[key] = _parse_value(key, value, allowed[key])
+    return _build_named(name, given)
+
+
+def _parse_value(key: str, text: str, default: Value) -> Value:
+    """Read an argument as the type of its default."""
+    if isinstance(default, Time):
+        return Time.parse(text)
+    if isinstance(default, bool):
+        if text not in ("true", "false"):
+            raise ScheduleError(f"{key}={text}: write {key}=true or {key}=false.")
+        return text == "true"
+    if not (text.isascii() and text.isdecimal()):
+        raise ScheduleError(f"{key}={text}: write a whole number, for instance {key}={default}.")
+    return int(text)
+
+
+def _build_named(name: str, given: dict[str, Any]) -> Schedule:
+    defaults = NAMED[name].arguments
+    arguments = {**defaults, **given}
+    for key, value in arguments.items():
+        if type(value) is not type(defaults[key]):
+            raise ScheduleError(f"{name}: {key}={value!r} is of no use. Write for instance {key}={defaults[key]}.")
+        if value in (0, Time(Fraction(0))) and not isinstance(value, bool):
+            raise ScheduleError(f"{name}: {key} must be more than 0. Write for instance {key}={defaults[key]}.")
+    return Schedule(name=name, arguments=tuple(arguments.items()))
+
+
+def _time(value: str | Time) -> Time:
+    return value if isinstance(value, Time) else Time.parse(value)
+
+
+def gradual(every: str | Time = "1ep", blocks: int = 1, embeddings: bool = True) -> Schedule:
+    """Open the head first, then block by block from the top: gradual unfreezing.
+
+    Example:
+        >>> str(gradual(every="500step", blocks=2))
+        'gradual(every=500step, blocks=2, embeddings=true)'
+
+    Args:
+        every: Time between two openings.
+        blocks: Blocks that open at a time; parallel towers open theirs together.
+        embeddings: Whether the embeddings open at last, one interval after the lowest block.
+
+    Raises:
+        ScheduleError: An argument of the wrong kind.
+
+    Reference: ULMFiT, arXiv 1801.06146.
+    """
+    return _build_named("gradual", {"every": _time(every), "blocks": blocks, "embeddings": embeddings})
+
+
+def linear_probe(until: str | Time = "1ep") -> Schedule:
+    """Train the head alone, then everything: LP-FT.
+
+    Example:
+        >>> str(linear_probe(until="20%"))
+        'linear_probe(until=20%)'
+
+    Args:
+        until: Time at which everything opens. To train only the head for the whole run write ``head@0``.
+
+    Reference: LP-FT, arXiv 2202.10054.
+    """
+    return _build_named("linear_probe", {"until": _time(until)})
+
+
+def all_at_once() -> Schedule:
+    """Train everything from the first step: ordinary fine-tuning.
+
+    Example:
+        >>> str(all_at_once())
+        'all_at_once'
+    """
+    return _build_named("all_at_once", {})
+
+
+def _gradual_changes(groups: Sequence[Group], arguments: dict[str, Any]) -> list[Change]:
+    every, count = arguments["every"], arguments["blocks"]
+    if not any(BLOCK.fullmatch(group.name) for group in groups):
+        raise ScheduleError(
+            f"gradual needs blocks, and this model has none (groups: {', '.join(group.name for group in groups)}). "
+            "Write all_at_once, or give its structure with register_architecture."
+        )
+    levels: dict[int, list[Group]] = {}  # groups of one level open together
+    for position, group in enumerate(groups):
+        levels.setdefault(position if group.level is None else group.level, []).append(group)
+    openings: list[set[str]] = [set()]
+    in_opening = count  # of the blocks; the head has an opening of its own
+    for level in sorted(levels, reverse=True):
+        members = levels[level]
+        names = {group.name for group in members if group.parameter_names}
+        if all(group.name == "head" for group in members) or not openings[0]:
+            openings[0] |= names  # a head without parameters takes the first blocks with it
+        elif all(group.name == "embeddings" for group in members):
+            openings += [names] if arguments["embeddings"] and names else []
+        elif names:
+            if in_opening == count:
+                openings.append(set())
+                in_opening = 0
+            openings[-1] |= names
+            in_opening += 1
+    return [(Time(every.value * n, every.unit), frozenset(names), False) for n, names in enumerate(openings)]
+
+
+def _linear_probe_changes(groups: Sequence[Group], arguments: dict[str, Any]) -> list[Change]:
+    everything = frozenset(group.name for group in groups)
+    return [
+        (Time(Fraction(0)), frozenset(Selector("head").select(groups)), False),
+        (arguments["until"], everything, False),
+    ]
+
+
+def _all_at_once_changes(groups: Sequence[Group], arguments: dict[str, Any]) -> list[Change]:
+    return [(Time(Fraction(0)), frozenset(group.name for group in groups), False)]
+
+
+@dataclass(frozen=True)
+class NamedSchedule:
+    """A row of the table of named schedules: its arguments with their defaults, and the changes it makes."""
+
+    arguments: dict[str, Any]
+    changes: Callable[[Sequence[Group], dict[str, Any]], list[Change]]
+
+
+NAMED = {
+    "gradual": NamedSchedule({"every": Time(Fraction(1), "ep"), "blocks": 1, "embeddings": True}, _gradual_changes),
+    "linear_probe": NamedSchedule({"until": Time(Fraction(1), "ep")}, _linear_probe_changes),
+    "all_at_once": NamedSchedule({}, _all_at_once_changes),
+}
