@@ -1,0 +1,120 @@
+"""The plan of a run as rows of data, and the two ways to show it: a rich table and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .groups import LayerGroup
+from .schedule import Phase, spec_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["PlanRow", "model_card_section", "plan_rows", "plan_table", "state_copies"]
+
+# Copies of a parameter that an optimizer keeps as state. Adafactor keeps one row and one column instead: nearly none.
+_STATE_COPIES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "RMSprop": 1, "Adagrad": 1, "Lion": 1, "Adafactor": 0}
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One phase: where it starts, what trains, and what that costs; bytes of state are None where not known."""
+
+    phase: int
+    start_step: int
+    start_epoch: float | None
+    trainable: str
+    trainable_params: int
+    trainable_share: float
+    gradient_bytes: int
+    optimizer_bytes: int | None
+
+
+def state_copies(optimizer: Any) -> int | None:
+    """Return how many copies of a parameter the optimizer keeps as state; None where that is not known."""
+    name = type(optimizer).__name__
+    if name == "SGD":
+        return int(any(group.get("momentum") for group in optimizer.param_groups))
+    return _STATE_COPIES.get(name)
+
+
+def plan_rows(
+    model: nn.Module,
+    groups: Sequence[LayerGroup],
+    phases: Sequence[Phase],
+    steps_per_epoch: int | None = None,
+    copies: int | None = 2,
+) -> list[PlanRow]:
+    """List the phases with their cost.
+
+    Args:
+        model: The model the groups belong to; the meta device will do.
+        groups: Its layer groups, bottom → top.
+        phases: As ``Schedule.phases`` gives them.
+        steps_per_epoch: Optimizer updates in one epoch.
+        copies: Copies of a parameter in the optimizer's state, 2 for Adam.
+    """
+    parameters = dict(model.named_parameters())
+    total = sum(parameter.numel() for parameter in parameters.values())
+    rows = []
+    for number, phase in enumerate(phases):
+        names = set(phase.trainable)
+        members = [parameters[name] for group in groups if group.name in names for name in group.parameter_names]
+        count, size = sum(p.numel() for p in members), sum(p.numel() * p.element_size() for p in members)
+        epoch = phase.start / steps_per_epoch if steps_per_epoch else None
+        state = None if copies is None else size * copies
+        spec = spec_of(phase.trainable, groups)
+        rows.append(PlanRow(number, phase.start, epoch, spec, count, count / total, size, state))
+    return rows
+
+
+def plan_table(rows: Sequence[PlanRow], title: str) -> Table:
+    """Draw the plan as a rich table."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("phase", justify="right")
+    table.add_column("step", justify="right")
+    table.add_column("epoch", justify="right")
+    table.add_column("trainable", overflow="fold")
+    for column in ("parameters", "share", "gradients", "optimizer"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.phase),
+            str(row.start_step),
+            "?" if row.start_epoch is None else f"{row.start_epoch:.2f}",
+            row.trainable.replace("[", r"\["),
+            f"{row.trainable_params:,}",
+            f"{row.trainable_share:.1%}",
+            _megabytes(row.gradient_bytes),
+            "?" if row.optimizer_bytes is None else _megabytes(row.optimizer_bytes),
+        )
+    return table
+
+
+def model_card_section(schedule: str, log_history: Sequence[dict[str, Any]]) -> str:
+    """Write the Markdown section for a model card: the schedule, and each transition that happened."""
+    lines = [
+        "## Unfreezing",
+        "",
+        f"Trained from the top down with hf_unfreeze, schedule `{schedule}`.",
+        "",
+        "| phase | step | epoch | trainable | parameters |",
+        "|---|---|---|---|---|",
+    ]
+    for record in log_history:
+        if "unfreeze/phase" in record:
+            lines.append(
+                f"| {record['unfreeze/phase']} | {record['step']} | {record.get('epoch') or 0:.2f} "
+                f"| {record['unfreeze/trainable']} | {record['unfreeze/trainable_params']:,} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"

@@ -1,0 +1,136 @@
+"""The registry: one row of data per architecture, keyed by ``config.model_type``. Needs nothing but Python."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from dataclasses import dataclass
+
+from .errors import StructureError
+
+__all__ = ["Architecture", "find_architecture", "list_architectures", "register_architecture"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the blocks and the embeddings of one model type are; every other parameter is the head's.
+
+    Paths are dotted and match anywhere between two dots of a parameter's name: ``encoder.layer`` finds
+    ``bert.encoder.layer.3.output.dense.weight``. A ``*`` stands for one index of an enclosing list of stages.
+
+    Example:
+        >>> register_architecture(Architecture("my_model", {"": ("tower.layers",)}, ("tok_emb", "pos_emb")))
+
+    Args:
+        model_type: ``config.model_type``.
+        stacks: Stack name → alternative paths of its list of blocks, one per version of the code; the order of the
+            stacks is bottom → top. The name is empty where there is one stack.
+        embeddings: Paths of embeddings, stems, position tables and relative-bias tables.
+        parallel: Whether the stacks are towers side by side, which open together from the top.
+    """
+
+    model_type: str
+    stacks: tuple[tuple[str, tuple[str, ...]], ...]
+    embeddings: tuple[str, ...]
+    parallel: bool = False
+
+    def __init__(
+        self,
+        model_type: str,
+        stacks: dict[str, tuple[str, ...]],
+        embeddings: tuple[str, ...],
+        parallel: bool = False,
+    ) -> None:
+        object.__setattr__(self, "model_type", model_type)
+        object.__setattr__(self, "stacks", tuple(stacks.items()))
+        object.__setattr__(self, "embeddings", embeddings)
+        object.__setattr__(self, "parallel", parallel)
+
+
+_BERT = ({"": ("encoder.layer",)}, ("embeddings", "embeddings_project"))
+_LLAMA = ({"": ("layers",)}, ("embed_tokens",))
+_GPT = ({"": ("h",)}, ("wte", "wpe", "word_embeddings", "word_embeddings_layernorm"))
+_BART = (
+    {"encoder": ("encoder.layers",), "decoder": ("decoder.layers",)},
+    ("shared", "embed_tokens", "embed_positions", "layernorm_embedding", "encoder.conv1", "encoder.conv2"),
+)
+_T5 = (
+    {"encoder": ("encoder.block",), "decoder": ("decoder.block",)},
+    ("shared", "embed_tokens", "relative_attention_bias"),
+)
+# transformers 5 took the encoder module out of these: encoder.layer became layers
+_VIT = ({"": ("encoder.layer", "layers")}, ("embeddings", "encoder.relative_position_bias", "relative_position_bias"))
+_WAV2VEC2 = (
+    {"": ("encoder.layers",)},
+    ("feature_extractor", "feature_projection", "pos_conv_embed", "masked_spec_embed", "rel_attn_embed"),
+)
+_CLIP = (
+    {
+        "text": ("text_model.encoder.layers", "text_model.layers"),
+        "vision": ("vision_model.encoder.layers", "vision_model.layers"),
+    },
+    ("embeddings", "pre_layrnorm", "pre_layernorm"),
+    True,
+)
+
+_ROWS: dict[tuple[str, ...], tuple[dict[str, tuple[str, ...]], tuple[str, ...]] | tuple[dict[str, tuple[str, ...]], tuple[str, ...], bool]] = {
+    ("bert", "roberta", "xlm-roberta", "camembert", "electra", "longformer", "big_bird", "ernie", "megatron-bert", "roberta-prelayernorm", "rembert", "layoutlm"): _BERT,
+    ("distilbert",): ({"": ("transformer.layer",)}, ("embeddings",)),
+    ("deberta", "deberta-v2"): ({"": ("encoder.layer",)}, ("embeddings", "encoder.rel_embeddings", "encoder.LayerNorm", "encoder.conv")),
+    ("albert",): ({"": ("encoder.albert_layer_groups",)}, ("embeddings", "encoder.embedding_hidden_mapping_in")),
+    ("mpnet",): ({"": ("encoder.layer",)}, ("embeddings", "encoder.relative_attention_bias")),
+    ("xlnet",): ({"": ("layer",)}, ("word_embedding", "mask_emb")),
+    ("modernbert",): ({"": ("layers",)}, ("embeddings",)),
+    ("gpt2", "gpt_neo", "bloom", "falcon", "gptj"): _GPT,
+    ("gpt_neox",): ({"": ("layers",)}, ("embed_in",)),
+    ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "gemma", "gemma2", "phi", "phi3", "olmo2", "stablelm", "starcoder2", "cohere", "smollm3"): _LLAMA,
+    ("opt",): ({"": ("decoder.layers",)}, ("embed_tokens", "embed_positions", "project_in")),
+    ("t5", "mt5"): _T5,
+    ("bart", "mbart", "marian", "pegasus", "blenderbot", "m2m_100", "whisper"): _BART,
+    ("vit", "deit", "beit", "dinov2", "vit_mae", "audio-spectrogram-transformer"): _VIT,
+    ("swin",): ({"": ("encoder.layers.*.blocks",)}, ("embeddings",)),
+    ("convnext", "convnextv2"): ({"": ("encoder.stages.*.layers",)}, ("embeddings",)),
+    ("clip", "siglip"): _CLIP,
+    ("wav2vec2", "hubert", "wavlm"): _WAV2VEC2,
+}  # fmt: skip
+
+_REGISTRY = {model_type: Architecture(model_type, *row) for types, row in _ROWS.items() for model_type in types}
+
+
+def register_architecture(architecture: Architecture) -> None:
+    """Add a row for a model type of your own.
+
+    Packages do it without being imported by an entry point in the group ``hf_unfreeze.architectures``: a function
+    without arguments that calls this one.
+
+    Raises:
+        StructureError: The model type has a row already.
+    """
+    if architecture.model_type in _REGISTRY:
+        raise StructureError(
+            f"{architecture.model_type!r} has a row already. Give your model a model_type of its own in its config."
+        )
+    _REGISTRY[architecture.model_type] = architecture
+
+
+def list_architectures() -> tuple[Architecture, ...]:
+    """Return every row, sorted by model type.
+
+    Example:
+        >>> [row.model_type for row in list_architectures()][:2]
+        ['albert', 'audio-spectrogram-transformer']
+    """
+    _load_entry_points()
+    return tuple(_REGISTRY[model_type] for model_type in sorted(_REGISTRY))
+
+
+def find_architecture(model_type: str | None) -> Architecture | None:
+    """Return the row of a model type, or None."""
+    _load_entry_points()
+    return _REGISTRY.get(model_type or "")
+
+
+@functools.cache
+def _load_entry_points() -> None:
+    for entry_point in importlib.metadata.entry_points(group="hf_unfreeze.architectures"):
+        entry_point.load()()

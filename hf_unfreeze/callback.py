@@ -1,0 +1,270 @@
+"""The only file that knows Trainer: its events, mapped to the Unfreezer."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ._plan import model_card_section, plan_rows, plan_table, state_copies
+from .errors import EnvironmentRefused, UnfreezeError
+from .optim import decay_multipliers
+from .schedule import Schedule, parse_schedule
+from .unfreezer import Transition, Unfreezer
+
+__all__ = ["UnfreezeArguments", "UnfreezeCallback"]
+
+# What the training loop calls on the Trainer after on_train_begin (v5: the first three; v4 has one long loop, which
+# calls the others). No event is fired when training ends by an exception, so these are watched for one.
+_WATCHED = (
+    "_run_epoch",
+    "_evaluate",
+    "_finalize_training",
+    "get_batch_samples",
+    "training_step",
+    "_maybe_log_save_evaluate",
+)
+
+
+@dataclass
+class UnfreezeArguments:
+    """Arguments of UnfreezeCallback for ``HfArgumentParser``, beside ``TrainingArguments``.
+
+    Example:
+        >>> parser = HfArgumentParser((UnfreezeArguments, TrainingArguments))
+        >>> unfreeze_args, training_args = parser.parse_args_into_dataclasses()
+        >>> Trainer(..., args=training_args, callbacks=[UnfreezeCallback.from_arguments(unfreeze_args)])
+    """
+
+    schedule: str = field(
+        default="gradual", metadata={"help": "What trains when: 'head@0, block[-4:]@1ep, all@50%' or a named schedule."}
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Factor on the learning rate from each level to the one below it, in (0, 1]."}
+    )
+    block_warmup: str | None = field(
+        default=None, metadata={"help": "Time over which a newly opened group warms up: 50step, 0.1ep or 2%."}
+    )
+    frozen_eval: bool = field(
+        default=True, metadata={"help": "Run frozen modules in eval mode (no dropout, BatchNorm statistics at rest)."}
+    )
+
+
+class UnfreezeCallback(TrainerCallback):
+    """Opens the Trainer's model group by group on a schedule.
+
+    Example:
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[UnfreezeCallback("gradual(every=1ep)")])
+        >>> trainer.train()
+
+    Args:
+        schedule: A spec string (see ``hf_unfreeze.schedule``) or a ``Schedule``.
+        layer_decay: Factor on the learning rate from each level to the one below it, in (0, 1].
+        block_warmup: Time over which the rate of a newly opened group rises to its full value, e.g. ``"50step"``.
+        frozen_eval: Whether frozen modules run in eval mode.
+
+    Raises:
+        UnfreezeError: At once for a schedule or argument that cannot be read; when training begins for one that does
+            not fit the model, the optimizer or the run.
+
+    Reference: ULMFiT, arXiv 1801.06146.
+    """
+
+    def __init__(
+        self,
+        schedule: str | Schedule = "gradual",
+        *,
+        layer_decay: float = 1.0,
+        block_warmup: str | None = None,
+        frozen_eval: bool = True,
+    ) -> None:
+        self.schedule = parse_schedule(schedule)
+        decay_multipliers((), layer_decay)  # checks the value
+        self.layer_decay = layer_decay
+        self.block_warmup = block_warmup
+        self.frozen_eval = frozen_eval
+        self.unfreezer: Unfreezer | None = None
+        self._steps_per_epoch: int | None = None
+        self._unwatch: list[Callable[[], None]] = []
+
+    @classmethod
+    def from_arguments(cls, arguments: UnfreezeArguments) -> UnfreezeCallback:
+        """Make the callback that the parsed arguments describe."""
+        return cls(**vars(arguments))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Freeze: now that the optimizer holds every parameter, and never before."""
+        self._close()  # auto_find_batch_size begins again after an out-of-memory error without an end
+        if getattr(args, "deepspeed", None):
+            raise EnvironmentRefused(
+                "DeepSpeed keeps parameters and optimizer state in flat buffers that do not follow requires_grad. "
+                "Train with DDP or FSDP2, or without UnfreezeCallback."
+            )
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
+        self.unfreezer = Unfreezer(
+            model,
+            optimizer,
+            self.schedule,
+            total_steps=state.max_steps,
+            steps_per_epoch=self._steps_per_epoch,
+            layer_decay=self.layer_decay,
+            block_warmup=self.block_warmup,
+            frozen_eval=self.frozen_eval,
+        )
+        trainer = _calling_trainer()
+        if trainer is not None:
+            self._attach(trainer)
+        if state.is_world_process_zero and not args.disable_tqdm:
+            self._print_plan(model, state)
+        self._advance(args, state)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Change phase where the schedule says so: between two optimizer steps, before the forward."""
+        self._advance(args, state)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the phase and the learning rate of each group to the usual training logs."""
+        logs: dict[str, Any] = kwargs.get("logs") or {}
+        if self.unfreezer is None or "loss" not in logs:
+            return
+        current = self.unfreezer.transition
+        extra: dict[str, float] = {f"lr/{name}": rate for name, rate in self.unfreezer.learning_rates().items()}
+        state.log_history[-1].update(extra)  # the Trainer has put a copy there before it calls us
+        logs.update(extra)
+        logs["unfreeze/phase"] = current.phase
+        logs["unfreeze/trainable_params"] = current.trainable_params
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Restore every flag, hook and mode."""
+        self._close()
+
+    def _advance(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self.unfreezer is None:
+            return
+        transition = self.unfreezer.step(state.global_step, state.epoch)
+        if transition is None:
+            return
+        record = _record(transition)
+        past = [entry for entry in state.log_history if "unfreeze/phase" in entry]
+        if past and all(past[-1].get(key) == value for key, value in record.items()):
+            return  # resumed inside a phase whose beginning is on record
+        state.log_history.append({**record, "epoch": state.epoch, "step": state.global_step})
+        if state.is_world_process_zero and not args.disable_tqdm:
+            from tqdm.auto import tqdm
+
+            tqdm.write(
+                f"step {transition.step}: phase {transition.phase} trains {transition.trainable} "
+                f"({transition.trainable_params:,} parameters)"
+            )
+
+    def _print_plan(self, model: Any, state: TrainerState) -> None:
+        from rich.console import Console
+
+        if self.unfreezer is None:
+            return
+        reached = [phase for phase in self.unfreezer.phases if phase.start < state.max_steps]
+        copies = state_copies(self.unfreezer.optimizer)
+        rows = plan_rows(model, self.unfreezer.groups, reached, self._steps_per_epoch, copies)
+        Console().print(plan_table(rows, f"{self.schedule}, {state.max_steps} steps".replace("[", r"\[")))
+
+    def _attach(self, trainer: Trainer) -> None:
+        """Come before the reporters, so that what on_log adds reaches them; watch for the end of training."""
+        callbacks = trainer.callback_handler.callbacks
+        if sum(isinstance(callback, UnfreezeCallback) for callback in callbacks) > 1:
+            self._close()
+            raise UnfreezeError(
+                "this Trainer has two UnfreezeCallbacks, which would undo each other. Keep one, and write both "
+                "schedules as one: 'head@0, block[-4:]@1ep'."
+            )
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        for name in _WATCHED:
+            if hasattr(trainer, name):
+                self._watch(trainer, name)
+        self._watch(trainer.callback_handler, "call_event")
+        _extend_model_card(trainer, str(self.schedule))
+
+    def _watch(self, owner: Any, name: str) -> None:
+        """Close when this method of this instance raises, whatever it raises; nothing is caught."""
+        method = getattr(owner, name)
+
+        @functools.wraps(method)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            finished = False
+            try:
+                result = method(*args, **kwargs)
+                finished = True
+                return result
+            finally:
+                if not finished:
+                    self._close()
+
+        previous = vars(owner).get(name)
+        setattr(owner, name, watched)
+        self._unwatch.append(
+            functools.partial(delattr, owner, name)
+            if previous is None
+            else functools.partial(setattr, owner, name, previous)
+        )
+
+    def _close(self) -> None:
+        if self.unfreezer is not None:
+            self.unfreezer.close()
+            self.unfreezer = None
+        while self._unwatch:
+            self._unwatch.pop()()
+
+
+def _record(transition: Transition) -> dict[str, Any]:
+    return {
+        "unfreeze/phase": transition.phase,
+        "unfreeze/trainable": transition.trainable,
+        "unfreeze/trainable_params": transition.trainable_params,
+    }
+
+
+def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
+    """Return optimizer updates in one epoch as the Trainer counts them: a last partial window is a step too."""
+    try:
+        batches = len(dataloader)
+    except TypeError:  # an iterable dataset has no length
+        return None
+    return max(-(-batches // args.gradient_accumulation_steps), 1)
+
+
+def _calling_trainer() -> Trainer | None:
+    """Return the Trainer that fired the event: callbacks are never handed it, but it is a few frames up the stack."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _extend_model_card(trainer: Trainer, schedule: str) -> None:
+    """Let ``trainer.create_model_card`` write the unfreezing section too, however often it is called."""
+    original = getattr(trainer.create_model_card, "__wrapped__", trainer.create_model_card)
+
+    @functools.wraps(original)
+    def create_model_card(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        if trainer.is_world_process_zero():
+            card = Path(trainer.args.output_dir or ".") / "README.md"
+            section = model_card_section(schedule, trainer.state.log_history)
+            card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{section}", encoding="utf-8")
+
+    trainer.create_model_card = create_model_card

@@ -1,0 +1,157 @@
+"""``hf-unfreeze plan · groups · architectures``: read only, from a config alone, no weights loaded."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .errors import UnfreezeError, near_match
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["main"]
+
+# Task heads by the name users know from the hub, and the Auto class that builds each.
+HEADS = {
+    "none": "AutoModel",
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "image-classification": "AutoModelForImageClassification",
+    "semantic-segmentation": "AutoModelForSemanticSegmentation",
+    "object-detection": "AutoModelForObjectDetection",
+    "image-text-to-text": "AutoModelForImageTextToText",
+    "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
+    "ctc": "AutoModelForCTC",
+    "audio-classification": "AutoModelForAudioClassification",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 2 with one line on stderr for a bad argument."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    try:
+        command(arguments)
+    except (UnfreezeError, OSError) as error:
+        line = " ".join(str(error).split())
+        print(f"hf-unfreeze: {line}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-unfreeze", description="See what a schedule will do before you train.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    plan = commands.add_parser("plan", help="phases of a schedule on a model, and what each costs")
+    plan.add_argument("--schedule", default="gradual", help="e.g. 'head@0, block[-4:]@1ep, all@50%%'")
+    plan.add_argument("--epochs", type=float, help="epochs of the run")
+    plan.add_argument("--steps-per-epoch", type=int, help="optimizer updates in one epoch")
+    plan.add_argument("--max-steps", type=int, help="optimizer updates of the whole run, instead of --epochs")
+    plan.set_defaults(command=_plan)
+    groups = commands.add_parser("groups", help="layer groups of a model, top → bottom")
+    groups.set_defaults(command=_groups)
+    for command in (plan, groups):
+        command.add_argument("model", metavar="MODEL", help="folder or hub id; only its config is read")
+        command.add_argument("--head", choices=HEADS, help="task head; by default that of the config")
+    architectures = commands.add_parser("architectures", help="registered architectures; others are detected")
+    architectures.set_defaults(command=_architectures)
+    for command in (plan, groups, architectures):
+        command.add_argument("--json", action="store_true", help="JSON instead of a table")
+    return parser
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from ._plan import plan_rows, plan_table
+    from .groups import layer_groups
+    from .schedule import parse_schedule
+
+    if arguments.max_steps is None and (arguments.epochs is None or arguments.steps_per_epoch is None):
+        raise UnfreezeError("the length of the run is missing. Give --epochs with --steps-per-epoch, or --max-steps.")
+    import math
+
+    total = arguments.max_steps or math.ceil(arguments.epochs * arguments.steps_per_epoch)
+    schedule = parse_schedule(arguments.schedule)
+    model = _meta_model(arguments.model, arguments.head)
+    groups = layer_groups(model)
+    phases = schedule.phases(groups, total, arguments.steps_per_epoch)
+    rows = plan_rows(model, groups, [phase for phase in phases if phase.start < total], arguments.steps_per_epoch)
+    late = len(phases) - len(rows)
+    title = f"{schedule} on {type(model).__name__}, {total} steps" + (f"; {late} phases not reached" if late else "")
+    _show(arguments, [dataclasses.asdict(row) for row in rows], lambda: plan_table(rows, title.replace("[", r"\[")))
+
+
+def _groups(arguments: argparse.Namespace) -> None:
+    from .groups import layer_groups
+
+    model = _meta_model(arguments.model, arguments.head)
+    parameters = dict(model.named_parameters())
+    rows = [
+        {
+            "group": group.name,
+            "parameters": sum(parameters[name].numel() for name in group.parameter_names),
+            "tensors": len(group.parameter_names),
+        }
+        for group in reversed(layer_groups(model))
+    ]
+    _show(arguments, rows, lambda: _table(type(model).__name__, rows))
+
+
+def _architectures(arguments: argparse.Namespace) -> None:
+    from .architectures import list_architectures
+
+    rows = [{"model_type": architecture.model_type} for architecture in list_architectures()]
+    _show(
+        arguments, rows, lambda: _table("Registered architectures; the structure of any other model is detected", rows)
+    )
+
+
+def _meta_model(name: str, head: str | None) -> nn.Module:
+    """Build the model of a config on the meta device: structure without weights."""
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UnfreezeError(f"{name!r} is no folder with a config and no model on the hub: {error}") from None
+    builder: Any
+    if head is None and config.architectures and hasattr(transformers, config.architectures[0]):
+        builder = getattr(transformers, config.architectures[0])._from_config
+    else:
+        builder = getattr(transformers, HEADS[head or "none"]).from_config
+    try:
+        with torch.device("meta"):
+            model: nn.Module = builder(config)
+    except ValueError:
+        raise UnfreezeError(f"{config.model_type} has no head {head!r}.{near_match(head or '', HEADS)}") from None
+    return model
+
+
+def _show(arguments: argparse.Namespace, rows: list[dict[str, Any]], table: Callable[[], Any]) -> None:
+    if arguments.json:
+        print(json.dumps(rows, indent=2))  # noqa: T201
+        return
+    from rich.console import Console
+
+    Console().print(table())
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column, value in rows[0].items():
+        table.add_column(column, justify="left" if isinstance(value, str) else "right")
+    for row in rows:
+        table.add_row(*(v.replace("[", r"\[") if isinstance(v, str) else f"{v:,}" for v in row.values()))
+    return table

@@ -1,0 +1,119 @@
+"""The only writer of ``requires_grad``, and the eval mode of frozen modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .groups import LayerGroup, layer_groups
+from .schedule import parse_schedule
+
+__all__ = ["FrozenEval", "TrainableSummary", "apply_trainable", "set_trainable", "trainable_summary"]
+
+
+def apply_trainable(groups: Iterable[tuple[LayerGroup, Sequence[nn.Parameter]]], trainable: Iterable[str]) -> None:
+    """Make exactly the named groups trainable; the gradients of the others become None.
+
+    A gradient of zero would not do: AdamW goes on moving a weight by its momentum when the gradient is zero.
+    """
+    names = set(trainable)
+    for group, parameters in groups:
+        opened = group.name in names
+        for parameter in parameters:
+            parameter.requires_grad_(opened)
+            if not opened:
+                parameter.grad = None
+
+
+def set_trainable(model: nn.Module, selectors: str) -> None:
+    """Make exactly what the selectors name trainable, once and without a schedule.
+
+    Example:
+        >>> set_trainable(model, "head, block[-2:]")
+        >>> print(trainable_summary(model))
+        trainable params: 1,155 || all params: 22,714,371 || trainable%: 0.0051
+
+    Args:
+        model: Any model whose layer groups can be told.
+        selectors: As in a schedule, without times; ``-name`` takes away again.
+
+    Raises:
+        ScheduleError: A selector cannot be read, or matches nothing.
+    """
+    entries = ", ".join(f"{part}@0" for part in selectors.split(","))
+    groups = layer_groups(model)
+    phase = parse_schedule(entries).phases(groups)[0]
+    parameters = dict(model.named_parameters())
+    apply_trainable(((g, [parameters[name] for name in g.parameter_names]) for g in groups), phase.trainable)
+
+
+@dataclass(frozen=True)
+class TrainableSummary:
+    """Numbers of parameters, each distinct one counted once; prints as PEFT does."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / self.total if self.total else 0.0
+        return f"trainable params: {self.trainable:,} || all params: {self.total:,} || trainable%: {share:.4f}"
+
+
+def trainable_summary(model: nn.Module) -> TrainableSummary:
+    """Count trainable and all parameters of a model.
+
+    Example:
+        >>> trainable_summary(torch.nn.Linear(2, 1))
+        TrainableSummary(trainable=3, total=3)
+    """
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return TrainableSummary(sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes))
+
+
+class FrozenEval:
+    """Keeps frozen modules in eval mode although ``training_step`` calls ``model.train()`` at every step.
+
+    It shadows ``train`` on the one instance: ``eval()`` set by a callback would be undone, and a forward hook would be
+    traced by torch.compile. ``close`` takes the shadow away again and restores the modes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._frozen: list[nn.Module] = []
+        self._shadowed: Callable[..., nn.Module] | None = model.__dict__.get("train")
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._train = model.train
+        object.__setattr__(model, "train", self)
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        self._train(mode)
+        if mode:
+            for module in self._frozen:
+                module.eval()
+        return self._model
+
+    def update(self) -> None:
+        """Find the largest modules that have parameters, all of them frozen."""
+        self._frozen = list(_fully_frozen(self._model))
+        if self._model.training:
+            self(True)
+
+    def close(self) -> None:
+        """Give the model its own ``train`` back, and every module the mode it had."""
+        if self._shadowed is None:
+            object.__delattr__(self._model, "train")
+        else:
+            object.__setattr__(self._model, "train", self._shadowed)
+        for module, mode in self._modes:
+            module.training = mode
+
+
+def _fully_frozen(module: nn.Module) -> Iterable[nn.Module]:
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        yield module
+    elif parameters:
+        for child in module.children():
+            yield from _fully_frozen(child)

@@ -1,0 +1,164 @@
+"""A learning rate per layer group, inside the optimizer step; the optimizer's own groups are never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import OptimizerError, UnfreezeError
+from .groups import LayerGroup, layer_groups
+
+__all__ = ["GroupRates", "check_optimizer", "decay_multipliers", "param_groups_layer_decay", "raw_optimizer"]
+
+_REFUSED = {
+    "ScheduleFree": "keeps one averaging state for a whole param group",
+    "Prodigy": "estimates one step size for a whole param group",
+    "DAdapt": "estimates one step size for a whole param group",
+    "LayerWiseDummy": "updates each layer inside the backward pass, so there is no step to act in",
+    "Lomo": "updates parameters inside the backward pass, so there is no step to act in",
+    "DeepSpeed": "is DeepSpeed's, whose flat buffers do not follow requires_grad",
+}
+
+
+def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the torch optimizer inside wrappers such as Accelerate's."""
+    while not type(optimizer).__module__.startswith("torch.optim") and isinstance(
+        inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer
+    ):
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptimizerError(
+            f"{type(optimizer).__name__} is no torch.optim.Optimizer. Pass the one that trains the model."
+        )
+    return optimizer
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse optimizers that cannot follow parameters that open and close."""
+    names = [cls.__name__ for cls in type(optimizer).__mro__]
+    for refused, reason in _REFUSED.items():
+        if any(refused.lower() in name.lower() for name in names):
+            raise OptimizerError(
+                f"{type(optimizer).__name__} cannot be used: it {reason}. Write optim='adamw_torch' (or another "
+                "optimizer with state per parameter), or train without UnfreezeCallback."
+            )
+
+
+def decay_multipliers(groups: Sequence[LayerGroup], layer_decay: float) -> dict[str, float]:
+    """Return ``layer_decay ** d`` per group, d levels below the head: 1 for the head, least for the embeddings.
+
+    Raises:
+        UnfreezeError: ``layer_decay`` is not in (0, 1].
+
+    Reference: ULMFiT, arXiv 1801.06146 (discriminative rates); BEiT, arXiv 2106.08254 (this form).
+    """
+    if isinstance(layer_decay, bool) or not isinstance(layer_decay, (int, float)) or not 0 < layer_decay <= 1:
+        raise UnfreezeError(f"layer_decay={layer_decay!r} lies outside (0, 1]. Write 1.0 for none, or 0.65 to 0.95.")
+    levels = {g.name: i if g.level is None else g.level for i, g in enumerate(groups)}
+    ranks = {level: rank for rank, level in enumerate(sorted(set(levels.values()), reverse=True))}
+    return {name: layer_decay ** ranks[level] for name, level in levels.items()}
+
+
+class GroupRates:
+    """Gives each layer group its multiple of the learning rate for the length of ``optimizer.step()``.
+
+    A step pre-hook swaps in one param group per (param group, layer group), a post-hook puts the optimizer's own back;
+    schedulers, checkpoints and the layout of the state never see the difference.
+
+    Args:
+        optimizer: A torch optimizer whose state is kept per parameter.
+        group_of: Layer group name of each parameter, by ``id``.
+        multipliers: Returns the multiplier of each layer group for the step about to be taken.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, group_of: dict[int, str], multipliers: Callable[[], dict[str, float]]
+    ) -> None:
+        self._optimizer = optimizer
+        self._group_of = group_of
+        self._multipliers = multipliers
+        self._own: list[dict[str, Any]] | None = None
+        self._rates: list[Any] = []
+        self._used: dict[str, float] = {}
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._restore()  # a step that raised never reached its post-hook
+        self._used = self._multipliers()
+        self._rates = [group.get("lr") for group in optimizer.param_groups]
+        if all(multiplier == 1.0 for multiplier in self._used.values()):
+            return
+        self._own = optimizer.param_groups
+        optimizer.param_groups = [part for group in self._own for part in self._split(group)]
+
+    def _split(self, group: dict[str, Any]) -> Iterable[dict[str, Any]]:
+        if group.get("lr") is None:
+            raise OptimizerError(
+                "layer_decay and block_warmup need a learning rate, and this optimizer derives its own "
+                "(Adafactor with relative_step). Write relative_step=False with lr=…, or leave both out."
+            )
+        parts: dict[float, list[nn.Parameter]] = {}
+        for parameter in group["params"]:
+            multiplier = self._used.get(self._group_of.get(id(parameter), ""), 1.0)
+            parts.setdefault(multiplier, []).append(parameter)
+        return [{**group, "params": params, "lr": group["lr"] * m} for m, params in parts.items()]
+
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._own is not None:
+            self._optimizer.param_groups = self._own
+            self._own = None
+
+    def rates(self) -> dict[str, float]:
+        """Return the learning rate that each layer group got in the last step; 0.0 for a frozen one."""
+        rates: dict[str, float] = {}
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False):
+            for parameter in group["params"]:
+                name = self._group_of.get(id(parameter))
+                if name is not None and rate is not None and (parameter.requires_grad or name not in rates):
+                    rates[name] = float(rate) * self._used.get(name, 1.0) if parameter.requires_grad else 0.0
+        return rates
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        self._restore()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def param_groups_layer_decay(
+    model: nn.Module, lr: float, weight_decay: float = 0.0, layer_decay: float = 0.75
+) -> list[dict[str, Any]]:
+    """Return param groups for an optimizer of your own: decayed rates per layer, no weight decay on vectors.
+
+    Example:
+        >>> groups = param_groups_layer_decay(model, lr=1e-3, weight_decay=0.01, layer_decay=0.8)
+        >>> optimizer = torch.optim.AdamW(groups)
+
+    Args:
+        model: Any model whose layer groups can be told.
+        lr: Learning rate of the head.
+        weight_decay: For matrices; biases and norms (tensors of one dimension or none) get 0.
+        layer_decay: Factor from each level to the one below it, in (0, 1].
+
+    Reference: BEiT, arXiv 2106.08254.
+    """
+    groups = layer_groups(model)
+    parameters = dict(model.named_parameters())
+    multipliers = decay_multipliers(groups, layer_decay)
+    result: list[dict[str, Any]] = []
+    for group in groups:
+        for decay, matrices in ((weight_decay, True), (0.0, False)):
+            members = [parameters[n] for n in group.parameter_names if (parameters[n].ndim > 1) is matrices]
+            if members:
+                rate = lr * multipliers[group.name]
+                result.append({"params": members, "lr": rate, "weight_decay": decay, "name": group.name})
+    return result

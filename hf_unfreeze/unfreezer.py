@@ -1,0 +1,219 @@
+"""The engine: applies a schedule to a model and its optimizer. Knows torch, not Trainer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from .distributed import refuse_wrappers, unwrap
+from .errors import OptimizerError, ScheduleError, UnfreezeError
+from .freezing import FrozenEval, apply_trainable
+from .groups import LayerGroup, layer_groups
+from .optim import GroupRates, check_optimizer, decay_multipliers, raw_optimizer
+from .schedule import Phase, Schedule, Time, parse_schedule, spec_of
+
+__all__ = ["Transition", "Unfreezer"]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """What changed at a step: the phase that began, its trainable set as a spec, and that set's parameters."""
+
+    step: int
+    phase: int
+    trainable: str
+    trainable_params: int
+
+
+class Unfreezer:
+    """Opens a model group by group on a schedule, in a training loop of your own.
+
+    Example:
+        >>> unfreezer = Unfreezer(model, optimizer, "gradual(every=100step)")
+        >>> for step, batch in enumerate(batches):
+        ...     unfreezer.step(step)
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> unfreezer.close()
+
+    Args:
+        model: The model, wrapped or not. Build the optimizer over all its parameters before.
+        optimizer: A torch optimizer, or Accelerate's wrapper of one.
+        schedule: A spec string or a ``Schedule``.
+        total_steps: Optimizer updates of the whole run; needed where a time is in ``%``.
+        steps_per_epoch: Optimizer updates in one epoch; needed where a time is in ``ep``.
+        layer_decay: Factor on the learning rate from each level to the one below it, in (0, 1].
+        block_warmup: Time (``"50step"``, ``"0.1ep"``, ``"2%"``) over which the learning rate of a group that opens
+            after the first step rises linearly to its full value.
+        frozen_eval: Whether frozen modules run in eval mode (no dropout, BatchNorm statistics at rest).
+
+    Raises:
+        ScheduleError: The schedule cannot be read or does not fit the model or the run.
+        OptimizerError: The optimizer cannot train what the schedule opens.
+        EnvironmentRefused: DeepSpeed, or FSDP1 without ``use_orig_params``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: str | Schedule = "gradual",
+        *,
+        total_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        layer_decay: float = 1.0,
+        block_warmup: str | None = None,
+        frozen_eval: bool = True,
+    ) -> None:
+        refuse_wrappers(model)
+        self.optimizer = raw_optimizer(optimizer)
+        check_optimizer(self.optimizer)
+        root = unwrap(model)
+        named = dict(root.named_parameters())
+        self.schedule = parse_schedule(schedule)
+        self.groups = _eligible(root, layer_groups(root))
+        self.phases = self.schedule.phases(self.groups, total_steps, steps_per_epoch)
+        self._decay = decay_multipliers(self.groups, layer_decay)
+        self._warmup = _warmup_steps(block_warmup, total_steps, steps_per_epoch)
+        self._warn_unreached(total_steps)
+        self._members = [(group, [named[name] for name in group.parameter_names]) for group in self.groups]
+        self._check_covered()
+
+        self._step = 0
+        self._current: Phase | None = None
+        self._transition: Transition | None = None
+        self._flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+        group_of = {id(p): group.name for group, parameters in self._members for p in parameters}
+        self._rates = GroupRates(self.optimizer, group_of, self._multipliers)
+        self._eval = FrozenEval(root) if frozen_eval else None
+        self._closed = False
+
+    def step(self, global_step: int, epoch: float | None = None) -> Transition | None:
+        """Enter the phase of this step. Call it before the forward of every optimizer step, also after a resume.
+
+        Args:
+            global_step: Optimizer updates done so far.
+            epoch: Epochs done so far; timed schedules do not need it.
+
+        Returns:
+            The transition, or None where the trainable set stays as it is.
+        """
+        if self._closed:
+            raise UnfreezeError("this Unfreezer is closed. Make a new one for another run.")
+        self._step = global_step
+        phase = max((phase for phase in self.phases if phase.start <= global_step), key=lambda phase: phase.start)
+        if phase is self._current:
+            return None
+        self._current = phase
+        apply_trainable(self._members, phase.trainable)
+        if self._eval is not None:
+            self._eval.update()
+        spec = spec_of(phase.trainable, self.groups)
+        self._transition = Transition(global_step, self.phases.index(phase), spec, self.parameters_in(phase))
+        return self._transition
+
+    @property
+    def transition(self) -> Transition:
+        """The transition that began the present phase."""
+        if self._transition is None:
+            raise UnfreezeError("no phase has begun. Call step(global_step) before the first forward.")
+        return self._transition
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return the learning rate each group got in the last optimizer step, bottom → top; 0.0 for a frozen one."""
+        rates = self._rates.rates()
+        return {group.name: rates[group.name] for group in self.groups if group.name in rates}
+
+    def parameters_in(self, phase: Phase) -> int:
+        """Return the number of parameters that train in a phase."""
+        names = set(phase.trainable)
+        return sum(p.numel() for group, parameters in self._members if group.name in names for p in parameters)
+
+    def close(self) -> None:
+        """Restore every flag, hook and mode; safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._rates.close()
+        if self._eval is not None:
+            self._eval.close()
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+
+    def _multipliers(self) -> dict[str, float]:
+        if not self._warmup:
+            return self._decay
+        return {name: decay * self._ramp(name) for name, decay in self._decay.items()}
+
+    def _ramp(self, name: str) -> float:
+        """Return the warm-up factor of a group: a function of the step alone, so that a resume needs no state."""
+        opened = 0
+        for phase in self.phases:
+            if phase.start > self._step:
+                break
+            if name not in phase.trainable:
+                opened = -1
+            elif opened < 0:
+                opened = phase.start
+        return min(1.0, (self._step - opened + 1) / self._warmup) if opened > 0 else 1.0
+
+    def _warn_unreached(self, total_steps: int | None) -> None:
+        late = [phase for phase in self.phases if total_steps is not None and phase.start >= total_steps]
+        if late:
+            names = "; ".join(f"{spec_of(phase.trainable, self.groups)} at step {phase.start}" for phase in late)
+            warnings.warn(
+                f"schedule '{self.schedule}' will not reach: {names}. The run has {total_steps} steps. "
+                "Shorten the times, write them in %, or train longer.",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def _check_covered(self) -> None:
+        """Refuse what would be frozen for ever in silence: parameters that the optimizer does not hold."""
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        opened = {name for phase in self.phases for name in phase.trainable}
+        missing = [
+            (name, parameter.requires_grad)
+            for group, parameters in self._members
+            if group.name in opened
+            for name, parameter in zip(group.parameter_names, parameters, strict=True)
+            if id(parameter) not in held
+        ]
+        if not missing:
+            return
+        name, trains = missing[0]
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        if not trains:
+            raise OptimizerError(
+                f"{name}{more} had requires_grad=False when the optimizer was built, so it is not in it, and the "
+                f"schedule '{self.schedule}' would open it. Do not freeze before training: the schedule does that. "
+                "Leave requires_grad alone, or leave these groups out of the schedule."
+            )
+        raise OptimizerError(
+            f"the optimizer lacks {name}{more}, which the schedule '{self.schedule}' opens. Build it over all "
+            "parameters, for instance AdamW(model.parameters()) or param_groups_layer_decay(model, lr=…)."
+        )
+
+
+def _eligible(model: nn.Module, groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:
+    """Keep of a PEFT model only what PEFT made trainable: base weights must never switch on."""
+    if not getattr(model, "peft_config", None):
+        return tuple(groups)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trainable:
+        raise ScheduleError("this PEFT model has no trainable parameter. Load the adapter with is_trainable=True.")
+    return tuple(replace(g, parameter_names=tuple(n for n in g.parameter_names if n in trainable)) for g in groups)
+
+
+def _warmup_steps(block_warmup: str | None, total_steps: int | None, steps_per_epoch: int | None) -> int:
+    if block_warmup is None:
+        return 0
+    try:
+        return Time.parse(str(block_warmup)).to_step(total_steps, steps_per_epoch)
+    except ScheduleError as error:
+        raise ScheduleError(f"block_warmup={block_warmup!r}: {error}") from None
