@@ -47,54 +47,67 @@ class Architecture:
         object.__setattr__(self, "parallel", parallel)
 
 
-_BERT = ({"": ("encoder.layer",)}, ("embeddings", "embeddings_project"))
-_LLAMA = ({"": ("layers",)}, ("embed_tokens",))
-_GPT = ({"": ("h",)}, ("wte", "wpe", "word_embeddings", "word_embeddings_layernorm"))
-_BART = (
+_Stacks = dict[str, tuple[str, ...]]
+_Family = tuple[_Stacks, tuple[str, ...]]
+
+_ONE: _Stacks = {"": ("encoder.layer",)}
+_BERT: _Family = (_ONE, ("embeddings", "embeddings_project", "encoder.embedding_hidden_mapping_in"))
+_DEBERTA: _Family = (_ONE, ("embeddings", "encoder.rel_embeddings", "encoder.LayerNorm", "encoder.conv"))
+_GPT: _Family = ({"": ("h",)}, ("wte", "wpe", "word_embeddings", "word_embeddings_layernorm"))
+_LLAMA: _Family = ({"": ("layers",)}, ("embed_tokens",))
+_BART: _Family = (
     {"encoder": ("encoder.layers",), "decoder": ("decoder.layers",)},
     ("shared", "embed_tokens", "embed_positions", "layernorm_embedding", "encoder.conv1", "encoder.conv2"),
 )
-_T5 = (
+_T5: _Family = (
     {"encoder": ("encoder.block",), "decoder": ("decoder.block",)},
     ("shared", "embed_tokens", "relative_attention_bias"),
 )
 # transformers 5 took the encoder module out of these: encoder.layer became layers
-_VIT = ({"": ("encoder.layer", "layers")}, ("embeddings", "encoder.relative_position_bias", "relative_position_bias"))
-_WAV2VEC2 = (
+_VIT: _Family = ({"": ("encoder.layer", "layers")}, ("embeddings", "relative_position_bias"))
+_WAV2VEC2: _Family = (
     {"": ("encoder.layers",)},
     ("feature_extractor", "feature_projection", "pos_conv_embed", "masked_spec_embed", "rel_attn_embed"),
 )
-_CLIP = (
+_CLIP: _Family = (
     {
         "text": ("text_model.encoder.layers", "text_model.layers"),
         "vision": ("vision_model.encoder.layers", "vision_model.layers"),
     },
     ("embeddings", "pre_layrnorm", "pre_layernorm"),
-    True,
 )
 
-_ROWS: dict[tuple[str, ...], tuple[dict[str, tuple[str, ...]], tuple[str, ...]] | tuple[dict[str, tuple[str, ...]], tuple[str, ...], bool]] = {
-    ("bert", "roberta", "xlm-roberta", "camembert", "electra", "longformer", "big_bird", "ernie", "megatron-bert", "roberta-prelayernorm", "rembert", "layoutlm"): _BERT,
-    ("distilbert",): ({"": ("transformer.layer",)}, ("embeddings",)),
-    ("deberta", "deberta-v2"): ({"": ("encoder.layer",)}, ("embeddings", "encoder.rel_embeddings", "encoder.LayerNorm", "encoder.conv")),
-    ("albert",): ({"": ("encoder.albert_layer_groups",)}, ("embeddings", "encoder.embedding_hidden_mapping_in")),
-    ("mpnet",): ({"": ("encoder.layer",)}, ("embeddings", "encoder.relative_attention_bias")),
-    ("xlnet",): ({"": ("layer",)}, ("word_embedding", "mask_emb")),
-    ("modernbert",): ({"": ("layers",)}, ("embeddings",)),
-    ("gpt2", "gpt_neo", "bloom", "falcon", "gptj"): _GPT,
-    ("gpt_neox",): ({"": ("layers",)}, ("embed_in",)),
-    ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "gemma", "gemma2", "phi", "phi3", "olmo2", "stablelm", "starcoder2", "cohere", "smollm3"): _LLAMA,
-    ("opt",): ({"": ("decoder.layers",)}, ("embed_tokens", "embed_positions", "project_in")),
-    ("t5", "mt5"): _T5,
-    ("bart", "mbart", "marian", "pegasus", "blenderbot", "m2m_100", "whisper"): _BART,
-    ("vit", "deit", "beit", "dinov2", "vit_mae", "audio-spectrogram-transformer"): _VIT,
-    ("swin",): ({"": ("encoder.layers.*.blocks",)}, ("embeddings",)),
-    ("convnext", "convnextv2"): ({"": ("encoder.stages.*.layers",)}, ("embeddings",)),
-    ("clip", "siglip"): _CLIP,
-    ("wav2vec2", "hubert", "wavlm"): _WAV2VEC2,
-}  # fmt: skip
+_ROWS: tuple[tuple[str, _Family], ...] = (
+    ("albert", ({"": ("encoder.albert_layer_groups",)}, ("embeddings", "encoder.embedding_hidden_mapping_in"))),
+    ("bart blenderbot m2m_100 marian mbart pegasus whisper", _BART),
+    ("audio-spectrogram-transformer beit deit dinov2 vit vit_mae", _VIT),
+    ("bert big_bird camembert electra ernie layoutlm longformer megatron-bert rembert roberta xlm-roberta", _BERT),
+    ("bloom falcon gpt2 gpt_neo gptj", _GPT),
+    ("clip siglip", _CLIP),
+    (
+        "cohere gemma gemma2 llama mistral mixtral olmo2 phi phi3 qwen2 qwen2_moe qwen3 smollm3 stablelm starcoder2",
+        _LLAMA,
+    ),
+    ("convnext convnextv2", ({"": ("encoder.stages.*.layers",)}, ("embeddings",))),
+    ("deberta deberta-v2", _DEBERTA),
+    ("distilbert", ({"": ("transformer.layer",)}, ("embeddings",))),
+    ("gpt_neox", ({"": ("layers",)}, ("embed_in",))),
+    ("hubert wav2vec2 wavlm", _WAV2VEC2),
+    ("modernbert", ({"": ("layers",)}, ("embeddings",))),
+    ("mpnet", (_ONE, ("embeddings", "encoder.relative_attention_bias"))),
+    ("mt5 t5", _T5),
+    ("opt", ({"": ("decoder.layers",)}, ("embed_tokens", "embed_positions", "project_in"))),
+    ("swin", ({"": ("encoder.layers.*.blocks",)}, ("embeddings",))),
+    ("xlnet", ({"": ("layer",)}, ("word_embedding", "mask_emb"))),
+)
 
-_REGISTRY = {model_type: Architecture(model_type, *row) for types, row in _ROWS.items() for model_type in types}
+_PARALLEL = ("clip", "siglip")
+
+_REGISTRY = {
+    model_type: Architecture(model_type, *family, parallel=model_type in _PARALLEL)
+    for model_types, family in _ROWS
+    for model_type in model_types.split()
+}
 
 
 def register_architecture(architecture: Architecture) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -246,12 +247,12 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
 
 def _calling_trainer() -> Trainer | None:
     """Return the Trainer that fired the event: callbacks are never handed it, but it is a few frames up the stack."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if isinstance(owner, Trainer):
             return owner
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
@@ -267,4 +268,4 @@ def _extend_model_card(trainer: Trainer, schedule: str) -> None:
             section = model_card_section(schedule, trainer.state.log_history)
             card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{section}", encoding="utf-8")
 
-    trainer.create_model_card = create_model_card
+    vars(trainer)["create_model_card"] = create_model_card

@@ -16,14 +16,15 @@ def block_lists(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Return the paths of the blocks under the first of the alternative paths that the model has, in order."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for path in paths:
-        pattern = re.compile(rf"(?:.*\.)?{re.escape(path).replace(r'\*', r'[0-9]+')}")
+        index_free = re.escape(path).replace(r"\*", "[0-9]+")
+        pattern = re.compile(rf"(?:.*\.)?{index_free}")
         lists = [
             name for name, module in modules.items() if isinstance(module, nn.ModuleList) and pattern.fullmatch(name)
         ]
         lists = [name for name in lists if not any(name.startswith(f"{outer}.") for outer in lists)]
         if "*" not in path:
             lists = lists[:1]
-        blocks = [f"{name}.{index}" for name in lists for index in range(len(modules[name]))]  # type: ignore[arg-type]
+        blocks = [f"{name}.{index}" for name in lists for index in range(len(modules[name]))]
         if blocks:
             return blocks
     return []

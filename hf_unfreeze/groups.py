@@ -92,7 +92,7 @@ def _partition(model: nn.Module, row: Architecture, aliases: Sequence[Sequence[s
     stacks: list[list[str]] = []
     for stack, paths in row.stacks:
         lists = block_lists(model, paths)
-        names = []
+        names: list[str] = []
         for prefix in lists:
             name = f"{stack}.block[{len(names)}]" if stack else f"block[{len(names)}]"
             prefixes.append((prefix + ".", name))
@@ -112,13 +112,26 @@ def _partition(model: nn.Module, row: Architecture, aliases: Sequence[Sequence[s
         block = next((group for prefix, group in prefixes if name.startswith(prefix)), None)
         if embeddings and embeddings.search(name) and not (block and _inner_embedding(name)):
             return "embeddings"
-        return block or ("embeddings" if _stem_norm(model, name) else "head")
+        return block or _stage_of(name, prefixes) or ("embeddings" if _stem_norm(model, name) else "head")
 
     members: dict[str, list[str]] = {name: [] for name in order}
-    for names in aliases:
-        lowest = min((home(name) for name in names), key=lambda group: order[group])
-        members[lowest].append(names[0])
+    for same in aliases:
+        lowest = min((home(name) for name in same), key=lambda group: order[group])
+        members[lowest].append(same[0])
     return tuple(LayerGroup(name, stack_of[name], tuple(members[name]), levels[name]) for name in order)
+
+
+def _stage_of(name: str, prefixes: Sequence[tuple[str, str]]) -> str | None:
+    """Return the block whose input a stage's downsampling makes: the first of its own stage, or of the next one.
+
+    ConvNeXt keeps it at the entry of a stage (``stages.1.downsampling_layer``), Swin at the exit
+    (``layers.0.downsample``).
+    """
+    match = re.match(r"(.*\.(?:stages|layers)\.)(\d+)\.(downsampling_layer|downsample)\.", name)
+    if not match:
+        return None
+    stage = int(match[2]) + (match[3] == "downsample")
+    return next((group for prefix, group in prefixes if prefix.startswith(f"{match[1]}{stage}.")), None)
 
 
 def _inner_embedding(name: str) -> bool:

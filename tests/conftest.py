@@ -1,0 +1,67 @@
+"""Shared by all tests: a tiny model, a tiny data set, and a Trainer over both. No network, no GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+transformers.utils.logging.set_verbosity_error()
+torch.set_num_threads(1)
+
+BLOCKS = 4
+EXAMPLES = 28  # 7 batches of 4 in an epoch; with accumulation 3 the last window is partial
+
+
+def tiny_bert(seed: int = 0, **config) -> BertForSequenceClassification:
+    """A BERT of four blocks with dropout, so that a wrong random state shows in the weights."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": BLOCKS}
+    return BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, **(sizes | config)))
+
+
+def tiny_data(seed: int = 0) -> list[dict]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 50, (EXAMPLES, 8), generator=generator)
+    return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": int(row[0]) % 3} for row in ids]
+
+
+def hashes(model: torch.nn.Module) -> dict[str, str]:
+    return {n: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for n, p in model.named_parameters()}
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """Build a Trainer over the tiny model; keyword arguments go to TrainingArguments."""
+
+    def make(*callbacks, model=None, optimizers=(None, None), model_init=None, **arguments) -> Trainer:
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "num_train_epochs": 3,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 3,
+        }
+        return Trainer(
+            model=None if model_init else model or tiny_bert(),
+            model_init=model_init,
+            args=TrainingArguments(**(defaults | arguments)),
+            train_dataset=tiny_data(),
+            eval_dataset=tiny_data(1),
+            optimizers=optimizers,
+            callbacks=list(callbacks),
+        )
+
+    return make
