@@ -1,0 +1,227 @@
+"""The schedule language: what it reads, what it refuses, and the phases it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_unfreeze import UnfreezeError, all_at_once, gradual, linear_probe, parse_schedule
+from hf_unfreeze.schedule import Time, spec_of
+
+
+@dataclass(frozen=True)
+class Group:
+    name: str
+    stack: str = ""
+    parameter_names: tuple[str, ...] = ("weight",)
+    level: int | None = None
+
+
+def single(blocks: int = 4) -> list[Group]:
+    return [Group("embeddings"), *(Group(f"block[{i}]") for i in range(blocks)), Group("head")]
+
+
+def towers(encoder: int = 3, decoder: int = 2) -> list[Group]:
+    return [
+        Group("embeddings"),
+        *(Group(f"encoder.block[{i}]", "encoder") for i in range(encoder)),
+        *(Group(f"decoder.block[{i}]", "decoder") for i in range(decoder)),
+        Group("head"),
+    ]
+
+
+def plan(spec, groups=None, total_steps=70, steps_per_epoch=7):
+    groups = groups or single()
+    phases = parse_schedule(spec).phases(groups, total_steps, steps_per_epoch)
+    return [(phase.start, spec_of(phase.trainable, groups)) for phase in phases]
+
+
+PLANS = {
+    "head@0, block[-2:]@1ep, all@50%": [(0, "head"), (7, "block[2:4], head"), (35, "all")],
+    " all@0 ,- block[ 0 : 2 ] @ 1.25 ep": [(0, "all"), (9, "embeddings, block[2:4], head")],
+    "all@1ep, head@0": [(0, "head"), (7, "all")],  # time, not writing, orders
+    "all@0, -head@0": [(0, "embeddings, block[0:4]")],  # at one time the later entry wins
+    "-head@0, all@0": [(0, "all")],
+    "head@0, head@1ep": [(0, "head")],  # no change, no phase
+    "block[1]@0, block[3]@0, block[-1]@1ep": [(0, "block[1], block[3]")],
+    "block@0, embeddings@1step": [(0, "block[0:4]"), (1, "embeddings, block[0:4]")],
+    "gradual": [(0, "head"), (7, "block[3], head"), (14, "block[2:4], head"), (21, "block[1:4], head"),
+                (28, "block[0:4], head"), (35, "all")],
+    "gradual(every=10%, blocks=3, embeddings=false)": [(0, "head"), (7, "block[1:4], head"), (14, "block[0:4], head")],
+    "linear_probe(until=3step)": [(0, "head"), (3, "all")],
+    "all_at_once": [(0, "all")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", PLANS)
+def test_phases(spec):
+    assert plan(spec) == PLANS[spec]
+    schedule = parse_schedule(spec)
+    assert parse_schedule(str(schedule)) == schedule and hash(parse_schedule(str(schedule))) == hash(schedule)
+
+
+def test_functions_are_the_specs():
+    assert gradual(every="0.5ep", blocks=2, embeddings=False) == parse_schedule(
+        "gradual(blocks=2, every=0.50ep, embeddings=false)"
+    )
+    assert linear_probe() == parse_schedule("linear_probe")
+    assert all_at_once() == parse_schedule("all_at_once()")
+
+
+@pytest.mark.parametrize(
+    ("time", "total", "per_epoch", "step"),
+    [("10%", 7, 7, 1), ("50%", 7, 7, 4), ("100%", 7, 7, 7), ("1.5ep", 30, 7, 11), ("0.1ep", 30, 30, 3),
+     ("0.7ep", 10, 10, 7), ("33.3%", 1000, 10, 333), ("500step", 7, 7, 500), ("0", None, None, 0)],
+)  # fmt: skip
+def test_time_is_exact(time, total, per_epoch, step):
+    assert Time.parse(time).to_step(total, per_epoch) == step
+
+
+def test_several_stacks():
+    assert plan("block[-2:]@0", towers()) == [(0, "encoder.block[1:3], decoder.block[0:2]")]
+    assert plan("decoder.block[-1]@0", towers()) == [(0, "decoder.block[1]")]
+    assert [spec for _, spec in plan("gradual", towers())][:4] == [
+        "head",
+        "decoder.block[1], head",
+        "decoder.block[0:2], head",
+        "encoder.block[2], decoder.block[0:2], head",
+    ]
+
+
+def test_parallel_towers_open_together():
+    groups = [
+        Group("embeddings", level=0),
+        Group("vision.block[0]", "vision", level=1),
+        Group("text.block[0]", "text", level=2),
+        Group("vision.block[1]", "vision", level=2),
+        Group("head", level=3),
+    ]
+    assert [spec for _, spec in plan("gradual", groups)][1] == "text.block[0], vision.block[1], head"
+
+
+def test_a_head_without_parameters_takes_the_top_block_with_it():
+    groups = [*single()[:-1], Group("head", parameter_names=())]
+    assert plan("gradual", groups)[0] == (0, "block[3]")
+    with pytest.raises(UnfreezeError, match="head has no parameter of its own"):
+        plan("head@0, all@1ep", groups)
+
+
+BAD = {
+    "": "has no time",
+    "head": r"write head@0",
+    "gradul": "Did you mean 'gradual'",
+    "plateau": "no named schedule",
+    "gradual(evry=1ep)": "Did you mean 'every'",
+    "gradual(every)": "It takes every=1ep",
+    "gradual(every=1)": "1step, 1ep or 1%",
+    "gradual(every=0)": "more than 0",
+    "gradual(blocks=0)": "more than 0",
+    "gradual(blocks=1.5)": "whole number",
+    "gradual(blocks=²)": "whole number",
+    "gradual(embeddings=yes)": "true or embeddings=false",
+    "gradual(every=1ep, every=2ep)": "twice",
+    "all_at_once(1)": "no arguments",
+    "head@1": "1step, 1ep or 1%",
+    "head@1epoch": r"Did you mean 1ep\?",
+    "head@5steps": r"Did you mean 5step\?",
+    "head@-1step": "is no time",
+    "head@1.5step": "whole numbers",
+    "all@101%": "beyond the run",
+    "head@": "is no time",
+    "@0": "is no selector",
+    "head@0,,all@1ep": "entry 2",
+    "head[0]@0": "only blocks have an index",
+    "block[1:2:3]@0": "is no index",
+    "block[a]@0": "is no index",
+    "block[]@0": "is no index",
+    "blok[1]@0": "only blocks",
+    "haed@0": "Did you mean 'head'",
+    "block[4]@0": r"block\[0\] to block\[3\]",
+    "block[-5]@0": r"block\[0\] to block\[3\]",
+    "block[4:]@0": "lies outside",
+    "decoder.block@0": "matches nothing",
+    "block[0]@1ep": "trains nothing from step 0",
+    "all@0, -all@2ep": "trains nothing from step 14",
+}
+
+
+@pytest.mark.parametrize("spec", BAD)
+def test_bad_specs_are_refused_with_the_cure(spec):
+    with pytest.raises(UnfreezeError, match=BAD[spec]):
+        plan(spec)
+
+
+@pytest.mark.parametrize("spec", [None, 3, ["head@0"]])
+def test_wrong_types(spec):
+    with pytest.raises(UnfreezeError, match="a string or a Schedule"):
+        parse_schedule(spec)
+
+
+def test_all_faults_come_at_once():
+    with pytest.raises(UnfreezeError) as caught:
+        plan("block[9]@1ep, blck@2ep, head@0")
+    assert "block[9]" in str(caught.value) and "blck" in str(caught.value)
+
+
+def test_a_run_without_epochs():
+    with pytest.raises(UnfreezeError, match="needs steps_per_epoch"):
+        plan("all@1ep", steps_per_epoch=None)
+    with pytest.raises(UnfreezeError, match="needs total_steps"):
+        plan("all@10%", total_steps=None)
+
+
+def test_a_model_without_blocks():
+    groups = [Group("all_parameters")]
+    assert plan("all@0", groups) == [(0, "all")]
+    for spec in ("gradual", "head@0", "linear_probe"):
+        with pytest.raises(UnfreezeError, match="all_parameters"):
+            plan(spec, groups)
+
+
+numbers = st.decimals(0, 100, places=3).map(lambda value: f"{value.normalize():f}")
+times = st.one_of(
+    st.just("0"), st.integers(0, 900).map("{}step".format), numbers.map("{}ep".format), numbers.map("{}%".format)
+)
+indices = st.one_of(
+    st.just(""),
+    st.integers(-4, 3).map("[{}]".format),
+    st.tuples(st.integers(-4, 0), st.sampled_from(["", "2", "4"])).map(lambda pair: f"[{pair[0]}:{pair[1]}]"),
+)
+selectors = st.one_of(st.sampled_from(["head", "embeddings", "all"]), indices.map("block{}".format))
+entries = st.tuples(st.sampled_from(["", "", "-"]), selectors, times).map(lambda e: f"{e[0]}{e[1]}@{e[2]}")
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(entries, min_size=1, max_size=6).map(",".join), st.integers(1, 500), st.integers(1, 90))
+def test_valid_schedules_round_trip_and_their_phases_are_ordered(spec, total, per_epoch):
+    schedule = parse_schedule(spec)
+    assert parse_schedule(str(schedule)) == schedule
+    try:
+        phases = schedule.phases(single(), total, per_epoch)
+    except UnfreezeError as error:
+        assert "trains nothing" in str(error) or "lies outside" in str(error)
+        return
+    starts = [phase.start for phase in phases]
+    assert starts[0] == 0 and starts == sorted(set(starts))
+    assert all(phase.trainable for phase in phases)
+    for phase in phases:  # the spec of a set selects that set
+        again = ", ".join(f"{part}@0" for part in spec_of(phase.trainable, single()).split(", "))
+        assert parse_schedule(again).phases(single())[0].trainable == phase.trainable
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.text(alphabet="headblockl[]:-@0123.%step, ()=gradu", max_size=30))
+def test_any_text_parses_or_is_refused(text):
+    try:
+        schedule = parse_schedule(text)
+    except UnfreezeError:
+        return
+    assert parse_schedule(str(schedule)) == schedule
+
+
+def test_thirds_have_no_decimal_form_but_compare():
+    assert Time(Fraction(1, 2), "ep") == Time.parse("0.5ep")
