@@ -2,7 +2,7 @@
 
 python recipes/text_classification.py
     trains a MiniLM on 2,400 tweets, no hub needed, about two minutes on two CPU cores
-python recipes/text_classification.py --model_name_or_path roberta-base --train_file mine.csv --schedule "gradual(every=0.5ep)"
+python recipes/text_classification.py --model_name_or_path roberta-base --train_file mine.csv
     your model, your data: two columns, text and label
 accelerate launch --multi_gpu --num_processes 2 recipes/text_classification.py
     the same on several processes
@@ -37,8 +37,8 @@ class RecipeTrainingArguments(TrainingArguments):
     """TrainingArguments with defaults that suit the embedded model and data."""
 
     output_dir: str = "runs/text_classification"
-    num_train_epochs: float = 3.0
-    learning_rate: float = 3e-4
+    num_train_epochs: float = 2.0
+    learning_rate: float = 5e-4
     per_device_train_batch_size: int = 16
     per_device_eval_batch_size: int = 64
     eval_strategy: str = "epoch"

@@ -1,0 +1,48 @@
+"""Imports go one way, and importing the package costs nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_unfreeze
+
+PACKAGE = Path(hf_unfreeze.__file__).parent
+ORDER = ["errors", "_spec", "schedule", "architectures", "detection", "groups", "freezing", "optim", "distributed",
+         "unfreezer", "_plan", "callback", "report", "cli", "__main__"]  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_file_imports_only_from_files_above_it(module):
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    imported = {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+    assert imported <= set(ORDER[: ORDER.index(module)])
+
+
+def test_every_file_is_in_the_order():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__"}
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import hf_unfreeze", ["torch", "transformers", "matplotlib", "rich", "lmdb"]),
+        ("import hf_unfreeze.schedule, hf_unfreeze.architectures", ["torch", "transformers"]),
+        ("from hf_unfreeze import Unfreezer", ["transformers", "matplotlib", "lmdb"]),
+    ],
+)
+def test_what_an_import_costs(code, absent):
+    script = f"{code}; import sys; print([name for name in {absent!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    assert all(getattr(hf_unfreeze, name) is not None for name in hf_unfreeze.__all__)
+    assert set(hf_unfreeze.__all__) <= set(dir(hf_unfreeze))
+    with pytest.raises(AttributeError, match="no attribute 'thaw'"):
+        hf_unfreeze.thaw  # noqa: B018

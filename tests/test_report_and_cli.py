@@ -1,0 +1,84 @@
+"""The timeline figure, and the command line as a user types it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import transformers
+
+from hf_unfreeze import UnfreezeCallback, UnfreezeError
+from hf_unfreeze.cli import main
+from hf_unfreeze.report import timeline
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = transformers.BertConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=12, num_labels=3)
+    config.architectures = ["BertForSequenceClassification"]
+    config.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")
+def test_timeline_of_a_run_and_of_its_saved_state(make_trainer, tmp_path):
+    trainer = make_trainer(UnfreezeCallback("gradual"), eval_strategy="epoch")
+    trainer.train()
+    trainer.save_state()
+    saved = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    for run in (trainer, saved):
+        top, bottom, _ = timeline(run).axes
+        assert [label.get_text() for label in top.get_yticklabels()] == [
+            "embeddings", "block[0]", "block[1]", "block[2]", "block[3]", "head"
+        ]  # fmt: skip
+        cells = top.collections[0].get_array().reshape(6, -1)
+        assert cells.mask[0].all() and not cells.mask[5].any() and cells.mask[4].sum() == 7
+        assert len(bottom.lines[0].get_xdata()) == 3 and bottom.get_ylabel() == "loss (evaluation)"
+    with pytest.raises(UnfreezeError, match="It has eval_loss"):
+        timeline(trainer, metric="eval_accuracy")
+
+
+def test_timeline_without_records():
+    with pytest.raises(UnfreezeError, match="no lr/<group> records"):
+        timeline([{"loss": 1.0, "step": 1}])
+
+
+def test_plan(folder, capsys):
+    assert main(["plan", folder, "--schedule", "head@0, block[-4:]@1ep, all@50%", "--epochs", "4",
+                 "--steps-per-epoch", "10", "--json"]) == 0  # fmt: skip
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["start_step"], row["trainable"]) for row in rows] == [
+        (0, "head"), (10, "block[8:12], head"), (20, "all")
+    ]  # fmt: skip
+    assert rows[2]["trainable_share"] == 1.0 and rows[0]["optimizer_bytes"] == 8 * rows[0]["trainable_params"]
+    assert main(["plan", folder, "--max-steps", "5", "--schedule", "head@0, all@9step"]) == 0
+    assert "1 phases not reached" in capsys.readouterr().out
+
+
+def test_groups_and_architectures(folder, capsys):
+    assert main(["groups", folder, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["group"] for row in rows][:3] == ["head", "block[11]", "block[10]"]
+    assert main(["groups", folder, "--head", "token-classification"]) == 0
+    assert "BertForTokenClassification" in capsys.readouterr().out
+    assert main(["architectures", "--json"]) == 0
+    assert {"model_type": "whisper"} in json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--schedule", "gradul", "--max-steps", "9"], "Did you mean 'gradual'"),
+        (["--schedule", "block[20]@0", "--max-steps", "9"], "lies outside this model"),
+        (["--epochs", "3"], "Give --epochs with --steps-per-epoch, or --max-steps"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_exit_code_2(folder, capsys, arguments, message):
+    assert main(["plan", folder, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_model_that_is_not_there(capsys):
+    assert main(["groups", "/no/such/model"]) == 2
+    assert "no folder with a config" in capsys.readouterr().err
