@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import hashes, tiny_bert, tiny_data
-from transformers import Trainer, TrainerCallback
+from transformers import SchedulerType, TrainerCallback, TrainingArguments
 
 from hf_unfreeze import UnfreezeCallback, UnfreezeError, Unfreezer, layer_groups, trainable_summary
 from hf_unfreeze.errors import OptimizerError, ScheduleError
@@ -109,7 +109,7 @@ def test_resume_with_accumulation_and_a_partial_window(make_trainer, tmp_path):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_resume_with_every_scheduler_and_optimizer(make_trainer, tmp_path, scheduler, optimizer):
-    if scheduler not in Trainer.__init__.__globals__["SchedulerType"]._value2member_map_:
+    if scheduler not in {kind.value for kind in SchedulerType}:
         scheduler = "linear"  # transformers 4.57 has no greedy scheduler
     momentum = {"optim_args": "momentum=0.9"} if optimizer == "sgd" else {}
     rates = {"warmup_steps": 2} if "warmup" in scheduler or scheduler == "inverse_sqrt" else {}
@@ -248,7 +248,7 @@ def test_log_reaches_tensorboard(make_trainer, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
-    kwargs = {} if "logging_dir" not in Trainer.__init__.__globals__["TrainingArguments"].__dataclass_fields__ else {
+    kwargs = {} if "logging_dir" not in TrainingArguments.__dataclass_fields__ else {
         "logging_dir": str(tmp_path / "tb")
     }  # fmt: skip
     trainer = make_trainer(UnfreezeCallback("gradual"), report_to="tensorboard", **kwargs)

@@ -21,8 +21,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),  # Trainer's default
 ]
 LEFT = ["model.safetensors", "tokenizer.json", "trainer_state.json", "all_results.json", "timeline.png", "README.md"]
-SHORT = ["--max_steps", "4", "--logging_steps", "1", "--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm",
-         "true", "--eval_strategy", "no", "--schedule", "head@0, block[-1]@2step"]  # fmt: skip
+SHORT = ["--max_steps", "4", "--logging_steps", "1", "--per_device_train_batch_size", "4", "--use_cpu",
+         "--disable_tqdm", "true", "--eval_strategy", "no", "--schedule", "head@0, block[-1]@2step"]  # fmt: skip
 
 
 def test_four_steps_on_embedded_data(tmp_path):

@@ -52,7 +52,7 @@ def test_plan(folder, capsys):
     ]  # fmt: skip
     assert rows[2]["trainable_share"] == 1.0 and rows[0]["optimizer_bytes"] == 8 * rows[0]["trainable_params"]
     assert main(["plan", folder, "--max-steps", "5", "--schedule", "head@0, all@9step"]) == 0
-    assert "1 phases not reached" in capsys.readouterr().out
+    assert "not reached" in " ".join(capsys.readouterr().out.split())
 
 
 def test_groups_and_architectures(folder, capsys):
