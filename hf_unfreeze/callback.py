@@ -10,9 +10,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ._plan import model_card_section, plan_rows, plan_table, state_copies
+from .distributed import DEEPSPEED
 from .errors import EnvironmentRefused, UnfreezeError
 from .optim import decay_multipliers
 from .schedule import Schedule, parse_schedule
@@ -103,11 +105,7 @@ class UnfreezeCallback(TrainerCallback):
     ) -> None:
         """Freeze: now that the optimizer holds every parameter, and never before."""
         self._close()  # auto_find_batch_size begins again after an out-of-memory error without an end
-        if getattr(args, "deepspeed", None):
-            raise EnvironmentRefused(
-                "DeepSpeed keeps parameters and optimizer state in flat buffers that do not follow requires_grad. "
-                "Train with DDP or FSDP2, or without UnfreezeCallback."
-            )
+        _refuse(args)
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
         self.unfreezer = Unfreezer(
@@ -226,6 +224,20 @@ class UnfreezeCallback(TrainerCallback):
             self.unfreezer = None
         while self._unwatch:
             self._unwatch.pop()()
+
+
+def _refuse(args: TrainingArguments) -> None:
+    """Raise for what would train wrongly without a word."""
+    if getattr(args, "deepspeed", None):
+        raise EnvironmentRefused(DEEPSPEED)
+    if int(transformers.__version__.partition(".")[0]) >= 5 or not args.gradient_checkpointing:
+        return
+    options = args.gradient_checkpointing_kwargs
+    if not isinstance(options, dict) or options.get("use_reentrant", True):
+        raise EnvironmentRefused(
+            "re-entrant gradient checkpointing in transformers 4 gives no gradient to blocks above a frozen one. "
+            "Write gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
 
 
 def _record(transition: Transition) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from torch import nn
 
 from .errors import EnvironmentRefused
 
-__all__ = ["refuse_wrappers", "unwrap"]
+__all__ = ["DEEPSPEED", "refuse_wrappers", "unwrap"]
 
-_DEEPSPEED = (
+DEEPSPEED = (
     "DeepSpeed keeps parameters, gradients and optimizer state in flat buffers that do not follow requires_grad. "
     "Train with DDP or FSDP2 (accelerate config), or without UnfreezeCallback."
 )
@@ -36,7 +36,7 @@ def refuse_wrappers(model: Any) -> None:
     for module in model.modules():
         kind = type(module)
         if kind.__module__.startswith("deepspeed"):
-            raise EnvironmentRefused(_DEEPSPEED)
+            raise EnvironmentRefused(DEEPSPEED)
         if kind.__name__ == "FullyShardedDataParallel" and not getattr(module, "_use_orig_params", False):
             raise EnvironmentRefused(
                 "FSDP1 without use_orig_params=True flattens frozen and trainable parameters into one. "

@@ -39,8 +39,9 @@ def timeline(run: Any, metric: str | None = None) -> Figure:
             "larger than the number of steps."
         )
     names = sorted({key[3:] for record in logs for key in record if key.startswith("lr/")}, key=_bottom_to_top)
-    edges = [0, *(record["step"] for record in logs)]
-    rates = [[record.get(f"lr/{name}", 0.0) for record in logs] for name in names]
+    opened = [record["step"] for record in history if "unfreeze/phase" in record]
+    edges = sorted({0, *opened, *(record["step"] for record in logs)} - {s for s in opened if s > logs[-1]["step"]})
+    rates = [[_rate(f"lr/{name}", end, logs, opened) for end in edges[1:]] for name in names]
     positive = [rate for row in rates for rate in row if rate > 0]
     low, high = min(positive), max(positive)
 
@@ -62,6 +63,14 @@ def timeline(run: Any, metric: str | None = None) -> Figure:
     bottom.set_xlabel("optimizer step")
     bottom.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _rate(key: str, end: int, logs: Sequence[dict[str, Any]], opened: Sequence[int]) -> float:
+    """Return the rate up to the step ``end``: that of the next log, or frozen as before where it opened in between."""
+    index = next(i for i, record in enumerate(logs) if record["step"] >= end)
+    before = logs[index - 1].get(key, 0.0) if index else 0.0
+    opens_later = any(end <= step < logs[index]["step"] for step in opened)
+    return 0.0 if opens_later and before == 0.0 and index else float(logs[index].get(key, 0.0))
 
 
 def _draw_metric(axes: Any, history: Sequence[dict[str, Any]], metric: str | None) -> None:
