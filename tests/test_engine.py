@@ -85,7 +85,7 @@ SCHEDULERS = {
 }
 
 
-def resumed_equals_uninterrupted(make_trainer, tmp_path, steps, **arguments):
+def check_resumed_equals_uninterrupted(make_trainer, tmp_path, steps, **arguments):
     def callback():
         return UnfreezeCallback(SCHEDULE, layer_decay=0.8, block_warmup="2step")
 
@@ -99,11 +99,11 @@ def resumed_equals_uninterrupted(make_trainer, tmp_path, steps, **arguments):
 
 
 def test_resume_at_every_step(make_trainer, tmp_path):
-    resumed_equals_uninterrupted(make_trainer, tmp_path, range(1, 21))
+    check_resumed_equals_uninterrupted(make_trainer, tmp_path, range(1, 21))
 
 
 def test_resume_with_accumulation_and_a_partial_window(make_trainer, tmp_path):
-    resumed_equals_uninterrupted(make_trainer, tmp_path, [1, 2, 3, 5, 7], gradient_accumulation_steps=3)
+    check_resumed_equals_uninterrupted(make_trainer, tmp_path, [1, 2, 3, 5, 7], gradient_accumulation_steps=3)
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_resume_with_every_scheduler_and_optimizer(make_trainer, tmp_path, sched
         scheduler = "linear"  # transformers 4.57 has no greedy scheduler
     momentum = {"optim_args": "momentum=0.9"} if optimizer == "sgd" else {}
     rates = {"warmup_steps": 2} if "warmup" in scheduler or scheduler == "inverse_sqrt" else {}
-    resumed_equals_uninterrupted(
+    check_resumed_equals_uninterrupted(
         make_trainer, tmp_path, [2, 3, 8, 14, 16],
         optim=optimizer, lr_scheduler_type=scheduler, **SCHEDULERS[scheduler], **rates, **momentum,
     )  # fmt: skip
