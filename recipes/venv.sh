@@ -5,7 +5,8 @@ make_venv() {
         [ "$python" != none ] || { echo "Python 3.10 or newer is needed; none was found." >&2; return 1; }
         "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
     done
-    if [ ! -x "$folder/bin/python" ]; then
+    # asked for pip, not for the file: without the venv module Debian leaves a folder that has Python and no pip
+    if ! "$folder/bin/python" -m pip --version >/dev/null 2>&1; then
         "$python" -m venv "$folder" || { echo "The venv module is needed (Debian: apt-get install python3-venv)." >&2; return 1; }
     fi
     # torch is held at one release in both steps, so that no other package can replace it

