@@ -80,7 +80,7 @@ _CLIP: _Family = (
 _ROWS: tuple[tuple[str, _Family], ...] = (
     ("albert", ({"": ("encoder.albert_layer_groups",)}, ("embeddings", "encoder.embedding_hidden_mapping_in"))),
     ("bart blenderbot m2m_100 marian mbart pegasus whisper", _BART),
-    ("audio-spectrogram-transformer beit deit dinov2 vit vit_mae", _VIT),
+    ("audio-spectrogram-transformer beit deit dinov2 vit", _VIT),
     ("bert big_bird camembert electra ernie layoutlm longformer megatron-bert rembert roberta xlm-roberta", _BERT),
     ("bloom falcon gpt2 gpt_neo gptj", _GPT),
     ("clip siglip", _CLIP),
@@ -97,6 +97,10 @@ _ROWS: tuple[tuple[str, _Family], ...] = (
     ("mpnet", (_ONE, ("embeddings", "encoder.relative_attention_bias"))),
     ("mt5 t5", _T5),
     ("opt", ({"": ("decoder.layers",)}, ("embed_tokens", "embed_positions", "project_in"))),
+    (
+        "segformer",
+        ({"": ("encoder.block.*", "stages.*.blocks")}, ("encoder.patch_embeddings.0", "stages.0.patch_embeddings")),
+    ),
     ("swin", ({"": ("encoder.layers.*.blocks",)}, ("embeddings",))),
     ("xlnet", ({"": ("layer",)}, ("word_embedding", "mask_emb"))),
 )

@@ -1,30 +1,38 @@
-"""Layer groups: a partition of a model's parameters, bottom → top."""
+"""Layer groups: a partition of a model's parameters, bottom → top.
+
+The order from the top down is the reverse of the tuple: head, decoder, encoder; or cross stack, text, connector,
+vision and audio. Parallel towers (CLIP, SigLIP, CLAP) are zipped from the top: their last blocks share a level.
+"""
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from ._rows import match_row
 from .architectures import Architecture, find_architecture
-from .detection import block_lists, detect
+from .detection import Layout, Place, detect
 from .errors import StructureError
 
-__all__ = ["LayerGroup", "layer_groups"]
+__all__ = ["LayerGroup", "explain_groups", "layer_groups"]
+
+
+WRAPPERS = ("torch.nn.parallel", "torch._dynamo", "peft.")
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Parameters that open and close together.
+    """A set of parameters that is frozen and opened as one.
 
     Args:
-        name: ``embeddings``, ``block[3]``, ``decoder.block[3]``, ``head`` …
-        stack: Stack of a block (``encoder``, ``vision`` …); empty where there is one, and for embeddings and head.
-        parameter_names: As in ``model.named_parameters()``; empty for a head that is tied to the embeddings.
-        level: Groups of one level open together; None where each opens alone.
+        name: ``embeddings``, ``block[3]``, ``decoder.block[0]``, ``connector``, ``head``.
+        stack: What stands before ``.block``; empty when the model has one stack, and for embeddings and head.
+        parameter_names: As in ``model.named_parameters()`` of the model that was given.
+        level: Height, 0 for the embeddings; groups of one level open together.
     """
 
     name: str
@@ -33,122 +41,145 @@ class LayerGroup:
     level: int | None = None
 
 
-def layer_groups(model: nn.Module) -> tuple[LayerGroup, ...]:
-    """Return the layer groups of a model, bottom → top: every distinct parameter is in exactly one.
+def layer_groups(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> tuple[LayerGroup, ...]:
+    """Split the parameters of a model into layer groups, bottom → top.
+
+    Every distinct parameter is in exactly one group, a tied one in the lowest of its groups. ``embeddings`` and
+    ``head`` are always there, empty if the model has none. A model in which nothing repeats gives one group,
+    ``all_parameters``.
 
     Example:
-        >>> [group.name for group in layer_groups(BertForSequenceClassification(BertConfig(num_hidden_layers=2)))]
+        >>> [group.name for group in layer_groups(bert)]
         ['embeddings', 'block[0]', 'block[1]', 'head']
 
     Args:
-        model: A model of transformers, or any module with a list of like blocks; wrapped by DDP, torch.compile or
-            PEFT too. The meta device will do. A tied parameter is in the lowest of its groups. A model without any
-            repeated structure gives one group, ``all_parameters``.
+        model: Any module; one wrapped by DDP, torch.compile or PEFT as well. The meta device is enough.
+        inputs: Keyword arguments of one forward, which places the parameters whose name tells nothing.
 
     Raises:
-        StructureError: The model is no module, or has no parameters.
+        StructureError: ``model`` is no module, or has no parameter.
     """
+    return _assemble(model, _layout(model, inputs))[0]
+
+
+def explain_groups(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Return for each parameter why it is in its group: a row, a block list, stem, final norm, head, a tie.
+
+    Example:
+        >>> explain_groups(bert)["pooler.dense.weight"]
+        'row bert: head'
+
+    Args:
+        model: As for ``layer_groups``.
+        inputs: As for ``layer_groups``.
+
+    Raises:
+        StructureError: ``model`` is no module, or has no parameter.
+    """
+    return _assemble(model, _layout(model, inputs))[1]
+
+
+def _layout(model: nn.Module, inputs: Mapping[str, Any] | None) -> Layout | None:
     if not isinstance(model, nn.Module):
-        raise StructureError(f"a model is a torch.nn.Module, not {type(model).__name__}. Pass the model itself.")
-    aliases: dict[int, list[str]] = {}  # every name of each distinct parameter
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    if not aliases:
-        raise StructureError(f"{type(model).__name__} has no parameters, so there is nothing to unfreeze.")
-    row = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
-    architecture = _matching(row, model) if row else None
-    if architecture is None:
-        architecture = detect(model)
-    if architecture is None:
-        return (LayerGroup("all_parameters", "", tuple(names[0] for names in aliases.values()), 0),)
-    return _partition(model, architecture, list(aliases.values()))
-
-
-def _matching(row: Architecture, model: nn.Module) -> Architecture | None:
-    """Return the row with the stacks that this model has; None, with a warning, where it fits nothing."""
-    present = {stack: paths for stack, paths in row.stacks if block_lists(model, paths)}
-    if present:
-        single = len(present) == 1
-        return Architecture(
-            row.model_type,
-            {"" if single else stack: paths for stack, paths in present.items()},
-            row.embeddings,
-            row.parallel and not single,
+        raise StructureError(
+            f"a model is a torch.nn.Module, not {type(model).__name__}. "
+            "Write layer_groups(model), with the model itself and not its name, config or state_dict."
         )
-    patterns = ", ".join(path for _, paths in row.stacks for path in paths)
+    if next(model.parameters(), None) is None:
+        raise StructureError(
+            f"{type(model).__name__} has no parameters, so there is nothing to unfreeze. "
+            "Build the model first, for instance AutoModel.from_config(config), and pass it to layer_groups."
+        )
+    prefix, inner = _unwrapped(model)
+    layout = _inner_layout(inner, inputs)
+    if layout is None or not prefix:
+        return layout
+    places = {prefix + name: place for name, place in layout.places.items()}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        places.setdefault(name, Place("embeddings", None, "prompt of the wrapper"))
+    return Layout(places, layout.tiers)
+
+
+def _inner_layout(model: nn.Module, inputs: Mapping[str, Any] | None) -> Layout | None:
+    row = find_architecture(getattr(getattr(model, "config", None), "model_type", None))
+    if row is not None:
+        layout, failed = match_row(model, row)
+        if layout is not None:
+            return layout
+        _warn_row(model, row, failed)
+    return detect(model, inputs)
+
+
+def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:
+    """The model inside DDP, torch.compile and PEFT, and what they put before its parameters' names."""
+    prefix = ""
+    while type(model).__module__.startswith(WRAPPERS):
+        names = ("module", "_orig_mod", "base_model", "model")
+        children = dict(model.named_children())
+        name = next((name for name in names if name in children), "")
+        if not name:
+            break
+        prefix, model = f"{prefix}{name}.", children[name]
+    return prefix, model
+
+
+def _warn_row(model: nn.Module, row: Architecture, failed: str) -> None:
     warnings.warn(
-        f"the row of {row.model_type!r} does not fit {type(model).__name__}: nothing matches {patterns}. "
+        f"the row of {row.model_type!r} does not fit {type(model).__name__}: {failed}. "
         "The structure is detected instead; check it with hf-unfreeze groups.",
         UserWarning,
-        stacklevel=4,
-    )
-    return None
-
-
-def _partition(model: nn.Module, row: Architecture, aliases: Sequence[Sequence[str]]) -> tuple[LayerGroup, ...]:
-    order = {"embeddings": 0}
-    stack_of: dict[str, str] = {"embeddings": "", "head": ""}
-    prefixes: list[tuple[str, str]] = []
-    stacks: list[list[str]] = []
-    for stack, paths in row.stacks:
-        lists = block_lists(model, paths)
-        names: list[str] = []
-        for prefix in lists:
-            name = f"{stack}.block[{len(names)}]" if stack else f"block[{len(names)}]"
-            prefixes.append((prefix + ".", name))
-            names.append(name)
-            stack_of[name] = stack
-        stacks.append(names)
-    levels = _levels(stacks, row.parallel)
-    for name in sorted(levels, key=lambda n: levels[n]):
-        order[name] = len(order)
-    order["head"] = len(order)
-    levels |= {"embeddings": 0, "head": max(levels.values(), default=0) + 1}
-    embeddings = (
-        re.compile(rf"(?:^|\.)(?:{'|'.join(map(re.escape, row.embeddings))})(?:\.|$)") if row.embeddings else None
+        stacklevel=5,
     )
 
-    def home(name: str) -> str:
-        block = next((group for prefix, group in prefixes if name.startswith(prefix)), None)
-        if embeddings and embeddings.search(name) and not (block and _inner_embedding(name)):
-            return "embeddings"
-        return block or _stage_of(name, prefixes) or ("embeddings" if _stem_norm(model, name) else "head")
 
-    members: dict[str, list[str]] = {name: [] for name in order}
-    for same in aliases:
-        lowest = min((home(name) for name in same), key=lambda group: order[group])
-        members[lowest].append(same[0])
-    return tuple(LayerGroup(name, stack_of[name], tuple(members[name]), levels[name]) for name in order)
-
-
-def _stage_of(name: str, prefixes: Sequence[tuple[str, str]]) -> str | None:
-    """Return the block whose input a stage's downsampling makes: the first of its own stage, or of the next one.
-
-    ConvNeXt keeps it at the entry of a stage (``stages.1.downsampling_layer``), Swin at the exit
-    (``layers.0.downsample``).
-    """
-    match = re.match(r"(.*\.(?:stages|layers)\.)(\d+)\.(downsampling_layer|downsample)\.", name)
-    if not match:
-        return None
-    stage = int(match[2]) + (match[3] == "downsample")
-    return next((group for prefix, group in prefixes if prefix.startswith(f"{match[1]}{stage}.")), None)
-
-
-def _inner_embedding(name: str) -> bool:
-    """Whether a block merely has a submodule with an embedding's name; relative-bias tables are embeddings for all."""
-    return not re.search(r"relative_attention_bias|rel_attn_embed", name)
+def _assemble(model: nn.Module, layout: Layout | None) -> tuple[tuple[LayerGroup, ...], dict[str, str]]:
+    canonical: dict[int, str] = {}
+    aliases: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(canonical.setdefault(id(parameter), name), []).append(name)
+    if layout is None:
+        reason = "nothing repeats"
+        return (LayerGroup("all_parameters", "", tuple(aliases), 0),), dict.fromkeys(aliases, reason)
+    height = _heights(layout)
+    members: dict[tuple[str, int | None], list[str]] = {key: [] for key in height}
+    reasons: dict[str, str] = {}
+    for name, others in aliases.items():
+        lowest = min(others, key=lambda other: height[_key(layout.places[other])])
+        place = layout.places[lowest]
+        members[_key(place)].append(name)
+        homes = {_key(layout.places[other]) for other in others}
+        tied = next((other for other in others if other != lowest), lowest)
+        reasons[name] = f"{place.reason}; tie with {tied}" if len(homes) > 1 else place.reason
+    levels = {value[:1]: i for i, value in enumerate(sorted({v[:1] for v in height.values()}))}
+    groups = []
+    for key in sorted(height, key=lambda k: height[k]):
+        stack, index = key
+        name = stack if index is None else f"{stack}.block[{index}]" if stack else f"block[{index}]"
+        kept = "" if stack in ("embeddings", "head") and index is None else stack
+        groups.append(LayerGroup(name, kept, tuple(members[key]), levels[height[key][:1]]))
+    return tuple(groups), reasons
 
 
-def _stem_norm(model: nn.Module, name: str) -> bool:
-    """Wav2Vec2 and its kin: ``encoder.layer_norm`` runs before the blocks, unless do_stable_layer_norm."""
-    config = getattr(model, "config", None)
-    stable = getattr(config, "do_stable_layer_norm", None)
-    return stable is False and re.search(r"(?:^|\.)encoder\.layer_norm\.", name) is not None
+def _key(place: Place) -> tuple[str, int | None]:
+    return place.stack, place.index
 
 
-def _levels(stacks: Sequence[Sequence[str]], parallel: bool) -> dict[str, int]:
-    """Give each block its level: stacks on top of each other, or side by side and level at the top."""
-    if parallel:
-        tallest = max(map(len, stacks), default=0)
-        return {name: 1 + tallest - len(names) + i for names in stacks for i, name in enumerate(names)}
-    return {name: 1 + i for i, name in enumerate(name for names in stacks for name in names)}
+def _heights(layout: Layout) -> dict[tuple[str, int | None], tuple[int, int]]:
+    """Height of each group: ``(level, order within the level)``; parallel stacks are aligned at their tops."""
+    sizes: dict[str, int] = {}
+    for place in layout.places.values():
+        if place.index is not None:
+            sizes[place.stack] = max(sizes.get(place.stack, 0), place.index + 1)
+    height: dict[tuple[str, int | None], tuple[int, int]] = {("embeddings", None): (0, 0)}
+    level = 1
+    for tier in layout.tiers:
+        tallest = max(sizes.get(name, 1) for name in tier)
+        for order, name in enumerate(tier):
+            if name not in sizes:
+                height[name, None] = (level + tallest - 1, order)
+                continue
+            for index in range(sizes[name]):
+                height[name, index] = (level + tallest - sizes[name] + index, order)
+        level += tallest
+    height["head", None] = (level, 0)
+    return height

@@ -12,7 +12,8 @@ import pytest
 import hf_unfreeze
 
 PACKAGE = Path(hf_unfreeze.__file__).parent
-ORDER = ["errors", "_spec", "schedule", "architectures", "detection", "groups", "freezing", "optim", "distributed",
+ORDER = ["errors", "_spec", "schedule", "architectures", "_roles", "_structure", "_trace", "detection",
+         "_rows", "groups", "freezing", "optim", "distributed",
          "unfreezer", "_plan", "callback", "report", "cli", "__main__"]  # fmt: skip
 
 

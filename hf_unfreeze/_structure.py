@@ -1,0 +1,264 @@
+"""Finds the stacks of blocks in a module tree, without a forward."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ._roles import BLOCK_CLASS, NEVER_BLOCK, NO_BLOCK_CLASS, NOT_STACKS, PARTS, STAGE_INNER, matches
+
+__all__ = ["Stack", "find_stacks", "has_parameters", "repeated_runs"]
+
+Block = tuple[str, ...]  # the paths of the modules that make one block
+CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+@dataclass
+class Stack:
+    """One sequence of blocks, lowest first.
+
+    Args:
+        path: Dotted path of the module that holds the sequence (its parent).
+        source: Dotted path of the sequence itself, for messages.
+        blocks: For each block the paths of its modules; a path may also be that of a downsampling module it owns.
+        starts: Index of the first block of each member of the sequence: of each stage, where members are stages.
+    """
+
+    path: str
+    source: str
+    blocks: list[Block] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Whether a module or one below it owns a parameter."""
+    return next(module.parameters(), None) is not None
+
+
+def join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def is_block(module: nn.Module, no_split: frozenset[str]) -> bool:
+    """Whether one element of a sequence looks like a block: by base class, by ``_no_split_modules``, by name."""
+    name = type(module).__name__
+    if any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__) or name in no_split:
+        return True
+    return (
+        matches(BLOCK_CLASS, name) and not matches(NO_BLOCK_CLASS, name) and next(module.children(), None) is not None
+    )
+
+
+def elements(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The members of a container that own parameters; numbered attributes (``layer1``, ``layer2``) are no container."""
+    return [(name, child) for name, child in module.named_children() if has_parameters(child)]
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """Every stack of blocks, in the order in which the model registers them.
+
+    Example:
+        >>> [stack.source for stack in find_stacks(bert)]
+        ['bert.encoder.layer']
+    """
+    no_split: set[str] = set()
+    for module in model.modules():
+        no_split.update(getattr(module, "_no_split_modules", None) or ())
+    names = frozenset(name for name in no_split if isinstance(name, str) and not name.endswith("Embeddings"))
+    found = list(_visit(model, "", names))
+    return _join_siblings(found, model)
+
+
+def _visit(module: nn.Module, path: str, no_split: frozenset[str]) -> Iterator[Stack]:
+    numbered = _numbered(module, no_split)
+    done = {name for run in numbered for name in run}
+    for name, child in module.named_children():
+        here = join(path, name)
+        if not has_parameters(child) or matches(NOT_STACKS, name):
+            continue
+        if name in done:
+            run = next(run for run in numbered if name in run)
+            if name == run[0]:
+                members = [(join(path, item), module.get_submodule(item)) for item in run]
+                yield _stack(path, here, members, no_split)
+        elif isinstance(child, CONTAINERS) and _is_sequence(child, no_split) and not matches(NEVER_BLOCK, name):
+            members = [(join(here, item), element) for item, element in elements(child)]
+            yield _stack(path, here, members, no_split)
+        else:
+            yield from _visit(child, here, no_split)
+
+
+def _stack(path: str, source: str, members: list[tuple[str, nn.Module]], no_split: frozenset[str]) -> Stack:
+    stack = Stack(path, source, _blocks(members, no_split))
+    for member, _ in members:
+        at = (
+            i
+            for i, block in enumerate(stack.blocks)
+            if any(p == member or p.startswith(member + ".") for p in block[-1:])
+        )
+        stack.starts.append(next(at, 0))
+    return stack
+
+
+def _is_sequence(container: nn.Module, no_split: frozenset[str]) -> bool:
+    members = [child for _, child in elements(container)]
+    if not members:
+        return False
+    inner = [
+        all(is_block(c, no_split) for _, c in elements(m)) and bool(elements(m)) if isinstance(m, CONTAINERS) else False
+        for m in members
+    ]
+    good = [is_block(m, no_split) or nested for m, nested in zip(members, inner, strict=True)]
+    if isinstance(container, (nn.Sequential, nn.ModuleDict)):
+        return all(good) and len({type(m) for m in members}) == 1
+    return all(good)
+
+
+def _numbered(module: nn.Module, no_split: frozenset[str]) -> list[list[str]]:
+    """Runs of attributes that differ in a trailing number only: ``layer1 … layer4``."""
+    runs: dict[str, list[str]] = {}
+    for name, child in module.named_children():
+        match = re.fullmatch(r"(\w*?[A-Za-z]_?)(\d+)", name)
+        if match and has_parameters(child) and not isinstance(module, CONTAINERS):
+            nested = isinstance(child, CONTAINERS) and _is_sequence(child, no_split)
+            if nested or is_block(child, no_split):
+                runs.setdefault(match[1], []).append(name)
+    return [names for names in runs.values() if len(names) > 1]
+
+
+def _blocks(members: list[tuple[str, nn.Module]], no_split: frozenset[str]) -> list[Block]:
+    """Blocks of a sequence; a member that is a stage gives its inner blocks, loose parts go to neighbours."""
+    blocks: list[Block] = []
+    pending: list[str] = []  # what serves the next stage
+    for path, member in members:
+        inner = _inner_sequences(member, path, no_split)
+        if not inner:
+            blocks.append((*pending, path))
+            pending = []
+            continue
+        first = len(blocks)
+        for sequence in inner:
+            blocks.extend(_blocks(sequence, no_split))
+        taken = [p for block in blocks[first:] for p in block]
+        before, after = _loose_of(member, path, taken)
+        if first == 0:  # the patch embedding of the lowest stage is the stem
+            before = [item for item in before if not re.search("embed", item.rpartition(".")[2])]
+        blocks[first] = (*pending, *before, *blocks[first])
+        pending = after
+    if pending and blocks:
+        blocks[-1] = (*blocks[-1], *pending)
+    return blocks
+
+
+def _inner_sequences(member: nn.Module, path: str, no_split: frozenset[str]) -> list[list[tuple[str, nn.Module]]]:
+    """The sequences of blocks inside a stage, or nothing when the member is a block itself."""
+    if isinstance(member, CONTAINERS):
+        return [[(join(path, name), child) for name, child in elements(member)]] if elements(member) else []
+    found: list[list[tuple[str, nn.Module]]] = []
+    for name, child in member.named_children():
+        if not isinstance(child, CONTAINERS) or not matches(STAGE_INNER, name):
+            continue
+        parts = elements(child)
+        classes = {type(part) for _, part in parts}
+        if parts and len(classes) == 1 and all(is_block(part, no_split) for _, part in parts):
+            found.append([(join(join(path, name), item), part) for item, part in parts])
+    return found
+
+
+def _loose_of(stage: nn.Module, path: str, taken: list[str]) -> tuple[list[str], list[str]]:
+    """Children of a stage outside its blocks: registered before the first block, and after it."""
+    before: list[str] = []
+    after: list[str] = []
+    seen = False
+    for name, child in stage.named_children():
+        here = join(path, name)
+        if any(item == here or item.startswith(here + ".") for item in taken):
+            seen = True
+        elif has_parameters(child):
+            (after if seen else before).append(here)
+    return before, after
+
+
+def _join_siblings(stacks: list[Stack], model: nn.Module) -> list[Stack]:
+    """Merge the sequences that one module holds: parallel lists by index, woven lists by index, stages in order."""
+    result: list[Stack] = []
+    for stack in stacks:
+        name = stack.source.rpartition(".")[2]
+        role = next((part for part, pattern in PARTS if re.search(pattern, name)), "")
+        twin = None
+        for other in result:
+            other_name = other.source.rpartition(".")[2]
+            other_role = next((part for part, pattern in PARTS if re.search(pattern, other_name)), "")
+            if other.path == stack.path and role == other_role and not re.match(r"[rx]_layers", name):
+                twin = other
+        if twin is None:
+            result.append(stack)
+            continue
+        kind = _class_of(model, twin), _class_of(model, stack)
+        woven = len(stack.blocks) <= len(twin.blocks) and kind[0] != kind[1]
+        if woven:
+            step = max(1, len(twin.blocks) // len(stack.blocks))
+            for i, block in enumerate(stack.blocks):
+                at = i if len(stack.blocks) == len(twin.blocks) else min(i * step, len(twin.blocks) - 1)
+                twin.blocks[at] = (*twin.blocks[at], *block)
+        else:
+            twin.starts.extend(len(twin.blocks) + start for start in stack.starts)
+            twin.blocks.extend(stack.blocks)
+    taken = [path for stack in result for block in stack.blocks for path in block]
+    for stack in result:
+        _join_lists(stack, model, taken)
+    return result
+
+
+def _join_lists(stack: Stack, model: nn.Module, taken: list[str]) -> None:
+    """Lists beside the blocks with one entry per block or stage: attention, norm, patch embedding of that stage."""
+    count = len(stack.starts)
+    for name, child in model.get_submodule(stack.path).named_children():
+        here = join(stack.path, name)
+        if not isinstance(child, CONTAINERS) or len(child) != count or count < 2 or not has_parameters(child):
+            continue
+        if any(path.startswith(here + ".") for path in taken):
+            continue
+        staged = len(stack.blocks) > count
+        if staged and re.search("norm", name):
+            ends = [start - 1 for start in stack.starts[1:]]
+            for i, end in enumerate(ends):  # the last stage's norm is the final one
+                stack.blocks[end] = (*stack.blocks[end], f"{here}.{i}")
+        elif re.search("embed", name):
+            for i, start in enumerate(stack.starts[1:], 1):
+                stack.blocks[start] = (f"{here}.{i}", *stack.blocks[start])
+        elif not matches(NOT_STACKS, name):
+            for i, start in enumerate(stack.starts):
+                stack.blocks[start] = (f"{here}.{i}", *stack.blocks[start])
+
+
+def _class_of(model: nn.Module, stack: Stack) -> type:
+    return type(model.get_submodule(stack.blocks[0][-1]))
+
+
+def repeated_runs(model: nn.Module) -> list[Stack]:
+    """The longest run of equal neighbours in any container: what is left when nothing looks like a block.
+
+    Two neighbours are equal when their class agrees and, for a single layer such as ``Linear``, their shapes too.
+    """
+    best = Stack("", "")
+    weight = 0
+    for path, module in model.named_modules():
+        if not isinstance(module, CONTAINERS):
+            continue
+        run: list[Block] = []
+        last: object = None
+        size = 0
+        for name, child in elements(module):
+            leaf = next(child.children(), None) is None
+            kind = (type(child), tuple(tuple(p.shape) for p in child.parameters()) if leaf else ())
+            if kind != last:
+                run, size, last = [], 0, kind
+            run.append((join(path, name),))
+            size += sum(p.numel() for p in child.parameters())
+            if len(run) > 1 and size > weight:
+                best, weight = Stack(path, path, list(run)), size
+    return [best] if best.blocks else []

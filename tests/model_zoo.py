@@ -1,0 +1,125 @@
+"""Shrunken models of every (model type, Auto class) pair of the installed transformers, on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+COUNT = re.compile(
+    r"(^|_)(num|n|encoder|decoder|text|vision|audio|layer|predictor|pred|cross|crossattention|l|r|x|temporal|fusion)_"
+    r"?(\w+_)?(layers?|blocks?|depth)$|^(depth|layers|n_layer|n_layers)$"
+)
+NOT_COUNT = re.compile(
+    r"feat|conv|adapter|kv_shared|tdnn|num_hidden_groups|inner_group|dense_layers|upsampl|_every|stride|interval|"
+    r"sandwich|skip|moe_layer|first_k|residual|mlp|postnet|prenet|predictor_layers|classifier|fc_|pool|cross_attention_"
+    r"|start|freeze|unfreeze|index|out_|feature_layer|select|interact|mtp|swa|mixer|kernel|nextn|out$|final"
+)
+LISTS = re.compile(r"^(depths|layers_block_type|layer_types|num_layers|encoder_depths|decoder_depths|depth)$")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One entry of transformers' Auto mappings: ``Pair("bert", "AutoModel", "BertModel")``."""
+
+    model_type: str
+    auto: str
+    class_name: str
+
+    def __str__(self) -> str:
+        return f"{self.model_type}-{self.auto}-{self.class_name}"
+
+
+def pairs() -> list[Pair]:
+    """Every pair of the installed transformers, in a stable order."""
+    found = set()
+    for name in sorted(vars(modeling_auto)):
+        if not re.fullmatch(r"MODEL_\w*MAPPING_NAMES", name):
+            continue
+        auto = name.removeprefix("MODEL_").removesuffix("MAPPING_NAMES").strip("_").lower() or "base"
+        for model_type, classes in getattr(modeling_auto, name).items():
+            for class_name in (classes,) if isinstance(classes, str) else classes:
+                if class_name:
+                    found.add((model_type, auto, class_name))
+    return [Pair(*item) for item in sorted(found)]
+
+
+def shrunken(config_class: type, layers: int) -> Any:
+    """A config with every stack cut to ``layers`` blocks; hidden sizes stay, they cost nothing on the meta device."""
+    default = config_class()
+    plain, nested = _changes(default, layers), _sub_configs(default, layers)
+    scalars = {k: v for k, v in plain.items() if not isinstance(v, list)}
+    as_dicts = {k: v.to_dict() for k, v in nested.items()}  # transformers 4 takes dicts only, here and there
+    for changes in ({**plain, **nested}, {**plain, **as_dicts}, {**scalars, **nested}, {**scalars, **as_dicts}):
+        try:
+            return config_class(**copy.deepcopy(changes))
+        except Exception:  # noqa: BLE001 - any complaint of any config class means: try the next form
+            continue
+    return default
+
+
+def _sub_configs(config: Any, layers: int) -> dict[str, Any]:
+    kinds = transformers.PretrainedConfig
+    return {k: shrunken(type(v), layers) for k, v in vars(config).items() if isinstance(v, kinds)}
+
+
+def _changes(config: Any, layers: int) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    values = {k: v for k, v in vars(config).items() if not k.startswith("_")}
+    counts = {
+        k: v
+        for k, v in values.items()
+        if isinstance(v, int) and not isinstance(v, bool) and v > 1 and COUNT.search(k) and not NOT_COUNT.search(k)
+    }
+    for name in counts:
+        changes[name] = layers
+    old = max(counts.values(), default=0)
+    for name, value in values.items():
+        if not isinstance(value, (list, tuple)) or not value:
+            continue
+        if LISTS.search(name) and all(isinstance(v, int) for v in value):
+            changes[name] = [min(v, max(2, layers // 2)) for v in value]
+        elif len(value) == old and old > 4:
+            kept = list(value)[:layers]
+            if all(isinstance(v, str) for v in value):  # every kind of layer stays in the list
+                for i, kind in enumerate(sorted(set(value))[:layers]):
+                    kept[i] = kind if kind not in kept else kept[i]
+            changes[name] = kept + [value[-1]] * (layers - len(kept))
+    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+        if isinstance(values.get(name), int) and values[name] > 4:
+            changes[name] = 4
+            for top in ("num_experts_per_tok", "moe_k", "n_group", "topk_group"):
+                if isinstance(values.get(top), int):
+                    changes[top] = 1 if "group" in top else min(2, values[top])
+    return changes
+
+
+def build(pair: Pair, layers: int = 3, **overrides: Any) -> nn.Module:
+    """The model of a pair on the meta device, without weights."""
+    config = shrunken(CONFIG_MAPPING[pair.model_type], layers)
+    for key, value in overrides.items():
+        setattr(config, key, value)
+    return build_class(getattr(transformers, pair.class_name), config)
+
+
+def build_class(model_class: type, config: Any) -> nn.Module:
+    """Build quietly; pytest turns warnings into errors."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        return model_class(config).eval()
+
+
+def try_build(pair: Pair, layers: int) -> nn.Module | None:
+    """The model, or None where this machine cannot build it: a missing package, or a config that needs values."""
+    try:
+        return build(pair, layers)
+    except Exception:  # noqa: BLE001 - each of 1,600 classes has complaints of its own
+        return None
