@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import nn
 
 from .groups import LayerGroup, layer_groups
 from .schedule import parse_schedule
 
-__all__ = ["FrozenEval", "TrainableSummary", "apply_trainable", "set_trainable", "trainable_summary"]
+__all__ = ["Follower", "FrozenEval", "TrainableSummary", "apply_trainable", "set_trainable", "trainable_summary"]
 
 
 def apply_trainable(groups: Iterable[tuple[LayerGroup, Sequence[nn.Parameter]]], trainable: Iterable[str]) -> None:
@@ -70,6 +71,16 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     """
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return TrainableSummary(sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes))
+
+
+class Follower(Protocol):
+    """What has to follow when flags change: eval modes, checkpointing, the reducer of DDP."""
+
+    def update(self) -> None:
+        """Take note of the flags as they are now."""
+
+    def close(self) -> None:
+        """Leave everything as it was found."""
 
 
 class FrozenEval:

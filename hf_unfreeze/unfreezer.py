@@ -11,7 +11,7 @@ from torch import nn
 
 from .distributed import refuse_wrappers, unwrap
 from .errors import OptimizerError, ScheduleError, UnfreezeError
-from .freezing import FrozenEval, apply_trainable
+from .freezing import Follower, FrozenEval, apply_trainable
 from .groups import LayerGroup, layer_groups
 from .optim import GroupRates, check_optimizer, decay_multipliers, raw_optimizer
 from .schedule import Phase, Schedule, Time, parse_schedule, spec_of
@@ -90,7 +90,7 @@ class Unfreezer:
         self._flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
         group_of = {id(p): group.name for group, parameters in self._members for p in parameters}
         self._rates = GroupRates(self.optimizer, group_of, self._multipliers)
-        self._eval = FrozenEval(root) if frozen_eval else None
+        self._followers: list[Follower] = [FrozenEval(root)] if frozen_eval else []
         self._closed = False
 
     def step(self, global_step: int, epoch: float | None = None) -> Transition | None:
@@ -111,8 +111,8 @@ class Unfreezer:
             return None
         self._current = phase
         apply_trainable(self._members, phase.trainable)
-        if self._eval is not None:
-            self._eval.update()
+        for follower in self._followers:
+            follower.update()
         spec = spec_of(phase.trainable, self.groups)
         self._transition = Transition(global_step, self.phases.index(phase), spec, self.parameters_in(phase))
         return self._transition
@@ -140,8 +140,8 @@ class Unfreezer:
             return
         self._closed = True
         self._rates.close()
-        if self._eval is not None:
-            self._eval.close()
+        for follower in reversed(self._followers):
+            follower.close()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
 
