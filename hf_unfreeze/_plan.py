@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ._history import past_transitions
 from .groups import LayerGroup
 from .schedule import Phase, spec_of
 
@@ -107,12 +108,11 @@ def model_card_section(schedule: str, log_history: Sequence[dict[str, Any]]) -> 
         "| phase | step | epoch | trainable | parameters |",
         "|---|---|---|---|---|",
     ]
-    for record in log_history:
-        if "unfreeze/phase" in record:
-            lines.append(
-                f"| {record['unfreeze/phase']} | {record['step']} | {record.get('epoch') or 0:.2f} "
-                f"| {record['unfreeze/trainable']} | {record['unfreeze/trainable_params']:,} |"
-            )
+    for record in past_transitions(log_history):
+        lines.append(
+            f"| {record['unfreeze/phase']} | {record['step']} | {record.get('epoch') or 0:.2f} "
+            f"| {record['unfreeze/trainable']} | {record.get('unfreeze/trainable_params', 0):,} |"
+        )
     return "\n".join(lines) + "\n"
 
 

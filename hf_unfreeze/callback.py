@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -13,24 +15,29 @@ from typing import Any
 import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ._history import as_record, divergence, past_transitions
 from ._plan import model_card_section, plan_rows, plan_table, state_copies
+from ._watch import watch
 from .distributed import DEEPSPEED
 from .errors import EnvironmentRefused, UnfreezeError
 from .optim import decay_multipliers
 from .schedule import Schedule, parse_schedule
-from .unfreezer import Transition, Unfreezer
+from .unfreezer import Unfreezer, parse_warmup
 
 __all__ = ["UnfreezeArguments", "UnfreezeCallback"]
 
-# What the training loop calls on the Trainer after on_train_begin (v5: the first three; v4 has one long loop, which
-# calls the others). No event is fired when training ends by an exception, so these are watched for one.
+# What the training loop calls after on_train_begin (v5: the first three; v4 has one long loop, which calls the others):
+# part of the Trainer ("" for itself) and method. No event is fired when an exception ends training, so all are watched.
 _WATCHED = (
-    "_run_epoch",
-    "_evaluate",
-    "_finalize_training",
-    "get_batch_samples",
-    "training_step",
-    "_maybe_log_save_evaluate",
+    ("", "_run_epoch"),
+    ("", "_evaluate"),
+    ("", "_finalize_training"),
+    ("", "get_batch_samples"),
+    ("", "training_step"),
+    ("", "_maybe_log_save_evaluate"),
+    ("accelerator", "clip_grad_norm_"),
+    ("optimizer", "step"),
+    ("callback_handler", "call_event"),
 )
 
 
@@ -87,7 +94,8 @@ class UnfreezeCallback(TrainerCallback):
         frozen_eval: bool = True,
     ) -> None:
         self.schedule = parse_schedule(schedule)
-        decay_multipliers((), layer_decay)  # checks the value
+        decay_multipliers((), layer_decay)  # these two check the value
+        parse_warmup(block_warmup)
         self.layer_decay = layer_decay
         self.block_warmup = block_warmup
         self.frozen_eval = frozen_eval
@@ -106,6 +114,12 @@ class UnfreezeCallback(TrainerCallback):
         """Freeze: now that the optimizer holds every parameter, and never before."""
         self._close()  # auto_find_batch_size begins again after an out-of-memory error without an end
         _refuse(args)
+        with ExitStack() as stack:
+            stack.callback(self._close)  # whatever raises from here on leaves the model as it was
+            self._begin(args, state, **kwargs)
+            stack.pop_all()
+
+    def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
         self.unfreezer = Unfreezer(
@@ -123,6 +137,8 @@ class UnfreezeCallback(TrainerCallback):
             self._attach(trainer)
         if state.is_world_process_zero and not args.disable_tqdm:
             self._print_plan(model, state)
+        if state.global_step and (different := divergence(self.unfreezer, state.log_history, state.global_step)):
+            warnings.warn(different, UserWarning, stacklevel=2)
         self._advance(args, state)
 
     def on_step_begin(
@@ -155,8 +171,8 @@ class UnfreezeCallback(TrainerCallback):
         transition = self.unfreezer.step(state.global_step, state.epoch)
         if transition is None:
             return
-        record = _record(transition)
-        past = [entry for entry in state.log_history if "unfreeze/phase" in entry]
+        record = as_record(transition)
+        past = past_transitions(state.log_history)
         if past and all(past[-1].get(key) == value for key, value in record.items()):
             return  # resumed inside a phase whose beginning is on record
         state.log_history.append({**record, "epoch": state.epoch, "step": state.global_step})
@@ -182,41 +198,17 @@ class UnfreezeCallback(TrainerCallback):
         """Come before the reporters, so that what on_log adds reaches them; watch for the end of training."""
         callbacks = trainer.callback_handler.callbacks
         if sum(isinstance(callback, UnfreezeCallback) for callback in callbacks) > 1:
-            self._close()
             raise UnfreezeError(
                 "this Trainer has two UnfreezeCallbacks, which would undo each other. Keep one, and write both "
                 "schedules as one: 'head@0, block[-4:]@1ep'."
             )
         callbacks.remove(self)
         callbacks.insert(0, self)
-        for name in _WATCHED:
-            if hasattr(trainer, name):
-                self._watch(trainer, name)
-        self._watch(trainer.callback_handler, "call_event")
+        for part, name in _WATCHED:
+            owner = getattr(trainer, part) if part else trainer
+            if hasattr(owner, name):
+                self._unwatch.append(watch(owner, name, self._close))
         _extend_model_card(trainer, str(self.schedule))
-
-    def _watch(self, owner: Any, name: str) -> None:
-        """Close when this method of this instance raises, whatever it raises; nothing is caught."""
-        method = getattr(owner, name)
-
-        @functools.wraps(method)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            finished = False
-            try:
-                result = method(*args, **kwargs)
-                finished = True
-                return result
-            finally:
-                if not finished:
-                    self._close()
-
-        previous = vars(owner).get(name)
-        setattr(owner, name, watched)
-        self._unwatch.append(
-            functools.partial(delattr, owner, name)
-            if previous is None
-            else functools.partial(setattr, owner, name, previous)
-        )
 
     def _close(self) -> None:
         if self.unfreezer is not None:
@@ -238,14 +230,6 @@ def _refuse(args: TrainingArguments) -> None:
             "re-entrant gradient checkpointing in transformers 4 gives no gradient to blocks above a frozen one. "
             "Write gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
-
-
-def _record(transition: Transition) -> dict[str, Any]:
-    return {
-        "unfreeze/phase": transition.phase,
-        "unfreeze/trainable": transition.trainable,
-        "unfreeze/trainable_params": transition.trainable_params,
-    }
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

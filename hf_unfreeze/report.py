@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ._history import past_transitions
 from ._plan import PlanRow, model_card_section, plan_rows, plan_table
 from .errors import UnfreezeError
 
@@ -39,10 +40,10 @@ def timeline(run: Any, metric: str | None = None) -> Figure:
             "larger than the number of steps."
         )
     names = sorted({key[3:] for record in logs for key in record if key.startswith("lr/")}, key=_bottom_to_top)
-    opened = [record["step"] for record in history if "unfreeze/phase" in record]
+    opened = [record["step"] for record in past_transitions(history)]
     edges = sorted({0, *opened, *(record["step"] for record in logs)} - {s for s in opened if s > logs[-1]["step"]})
     rates = [[_rate(f"lr/{name}", end, logs, opened) for end in edges[1:]] for name in names]
-    positive = [rate for row in rates for rate in row if rate > 0]
+    positive = [rate for row in rates for rate in row if rate > 0] or [1.0]  # 1.0: a run of warm-up steps at rate 0
     low, high = min(positive), max(positive)
 
     figure = Figure(figsize=(9, 1.6 + 0.28 * len(names) + 1.6), layout="constrained")
@@ -57,9 +58,8 @@ def timeline(run: Any, metric: str | None = None) -> Figure:
     top.set_title("Learning rate of each layer group (grey: frozen)", loc="left")
     figure.colorbar(mesh, ax=top, label="learning rate", pad=0.01)
     _draw_metric(bottom, history, metric)
-    for record in history:
-        if record.get("unfreeze/phase"):
-            bottom.axvline(record["step"], color="#bbbbbb", linewidth=0.8, zorder=0)
+    for step in filter(None, opened):
+        bottom.axvline(step, color="#bbbbbb", linewidth=0.8, zorder=0)
     bottom.set_xlabel("optimizer step")
     bottom.spines[["top", "right"]].set_visible(False)
     return figure

@@ -16,7 +16,7 @@ from .groups import LayerGroup, layer_groups
 from .optim import GroupRates, check_optimizer, decay_multipliers, raw_optimizer
 from .schedule import Phase, Schedule, Time, parse_schedule, spec_of
 
-__all__ = ["Transition", "Unfreezer"]
+__all__ = ["Transition", "Unfreezer", "parse_warmup"]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Unfreezer:
         self.groups = _eligible(root, layer_groups(root))
         self.phases = self.schedule.phases(self.groups, total_steps, steps_per_epoch)
         self._decay = decay_multipliers(self.groups, layer_decay)
-        self._warmup = _warmup_steps(block_warmup, total_steps, steps_per_epoch)
+        warmup = parse_warmup(block_warmup)
+        self._warmup = warmup.to_step(total_steps, steps_per_epoch) if warmup else 0
         self._warn_unreached(total_steps)
         self._members = [(group, [named[name] for name in group.parameter_names]) for group in self.groups]
         self._check_covered()
@@ -210,10 +211,11 @@ def _eligible(model: nn.Module, groups: Sequence[LayerGroup]) -> tuple[LayerGrou
     return tuple(replace(g, parameter_names=tuple(n for n in g.parameter_names if n in trainable)) for g in groups)
 
 
-def _warmup_steps(block_warmup: str | None, total_steps: int | None, steps_per_epoch: int | None) -> int:
+def parse_warmup(block_warmup: str | None) -> Time | None:
+    """Read ``block_warmup``; raise ScheduleError that names the argument."""
     if block_warmup is None:
-        return 0
+        return None
     try:
-        return Time.parse(str(block_warmup)).to_step(total_steps, steps_per_epoch)
+        return Time.parse(str(block_warmup))
     except ScheduleError as error:
         raise ScheduleError(f"block_warmup={block_warmup!r}: {error}") from None

@@ -127,7 +127,8 @@ def test_checkpoints_serve_with_and_without_the_callback(make_trainer, tmp_path)
     plain.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
     assert plain.state.global_step == 21
     back = make_trainer(UnfreezeCallback(SCHEDULE), output_dir=str(tmp_path / "back"))
-    back.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-20"))
+    with pytest.warns(UserWarning, match="was trained by another schedule: its log_history opens head at step 0"):
+        back.train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-20"))
     assert back.state.global_step == 21
     assert phases(back)[-1][1] == "embeddings, block[1:4], head"
 
@@ -160,6 +161,35 @@ def test_model_init(make_trainer):
     start = hashes(tiny_bert())
     moved = {name for name, value in hashes(trainer.model).items() if value != start[name]}
     assert moved == set(layer_groups(trainer.model)[-1].parameter_names)
+
+
+@pytest.mark.parametrize("part", ["step", "clipping"])
+def test_restored_after_an_exception_in_step_or_clipping(make_trainer, monkeypatch, part):
+    def fail(*args, **kwargs):
+        raise RuntimeError("power cut")
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4 and part == "step":
+                trainer.optimizer.optimizer.step = fail
+            elif state.global_step == 4:
+                monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", fail)
+
+    trainer = make_trainer(Break(), UnfreezeCallback("gradual"))
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer.train()
+    everything_restored(trainer)
+
+
+def test_restored_after_an_exception_while_the_plan_is_printed(make_trainer, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("broken pipe")
+
+    monkeypatch.setattr("hf_unfreeze.callback.plan_table", fail)
+    trainer = make_trainer(UnfreezeCallback("gradual"), disable_tqdm=False)
+    with pytest.raises(OSError, match="broken pipe"):
+        trainer.train()
+    everything_restored(trainer)
 
 
 @pytest.mark.parametrize("event", ["on_step_begin", "on_step_end", "on_log", "on_epoch_end"])

@@ -14,7 +14,7 @@ import hf_unfreeze
 PACKAGE = Path(hf_unfreeze.__file__).parent
 ORDER = ["errors", "_spec", "schedule", "architectures", "_roles", "_structure", "_trace", "detection",
          "_rows", "groups", "freezing", "optim", "distributed",
-         "unfreezer", "_plan", "callback", "report", "cli", "__main__"]  # fmt: skip
+         "unfreezer", "_history", "_plan", "_watch", "callback", "report", "cli", "__main__"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ORDER)

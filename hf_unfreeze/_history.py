@@ -1,0 +1,52 @@
+"""Transitions in ``state.log_history``, which every checkpoint carries: written, read back, compared with a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .schedule import spec_of
+from .unfreezer import Transition, Unfreezer
+
+__all__ = ["as_record", "divergence", "past_transitions"]
+
+
+def as_record(transition: Transition) -> dict[str, Any]:
+    """Return a transition as a record of ``log_history``, without step and epoch."""
+    return {
+        "unfreeze/phase": transition.phase,
+        "unfreeze/trainable": transition.trainable,
+        "unfreeze/trainable_params": transition.trainable_params,
+    }
+
+
+def past_transitions(log_history: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return the records of transitions; what anybody else wrote into the history is passed over."""
+    return [
+        record
+        for record in log_history
+        if isinstance(record, dict)
+        and isinstance(record.get("unfreeze/phase"), int)
+        and isinstance(record.get("unfreeze/trainable"), str)
+        and isinstance(record.get("step"), int)
+    ]
+
+
+def divergence(unfreezer: Unfreezer, log_history: Iterable[Any], step: int) -> str:
+    """Say how the transitions of a checkpoint taken at ``step`` differ from the plan; empty where they agree."""
+    was = [(r["step"], r["unfreeze/trainable"]) for r in past_transitions(log_history) if r["step"] < step]
+    planned = [
+        (phase.start, spec_of(phase.trainable, unfreezer.groups)) for phase in unfreezer.phases if phase.start < step
+    ]
+    if was == planned:
+        return ""
+    told = _told(was) if was else "nothing (it was written without UnfreezeCallback)"
+    return (
+        f"the checkpoint at step {step} was trained by another schedule: its log_history opens {told}; "
+        f"'{unfreezer.schedule}' in this run opens {_told(planned)}. From here on this run's schedule holds. "
+        "A share such as 30% moves with the length of the run; write step or ep where it must not."
+    )
+
+
+def _told(sequence: Sequence[tuple[int, str]]) -> str:
+    return "; ".join(f"{trainable} at step {step}" for step, trainable in sequence)
