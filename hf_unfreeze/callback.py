@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import FrameType
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-import transformers
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ._history import as_record, divergence, past_transitions
-from ._plan import model_card_section, plan_rows, plan_table, state_copies
+from ._options import Options
+from ._plan import plan_rows, plan_table, state_copies
+from ._trainer import (
+    calling_trainer,
+    checkpoint_resumed,
+    extend_model_card,
+    newest_checkpoint,
+    refuse,
+    restart_patience,
+    steps_per_epoch,
+)
 from ._watch import watch
-from .distributed import DEEPSPEED
-from .errors import EnvironmentRefused, UnfreezeError
-from .optim import decay_multipliers
-from .schedule import Schedule, parse_schedule
-from .unfreezer import Unfreezer, parse_warmup
+from .errors import UnfreezeError
+from .regularization import reinitialize as draw_anew
+from .schedule import Schedule, parse_schedule, parse_selectors
+from .unfreezer import Unfreezer
 
 __all__ = ["UnfreezeArguments", "UnfreezeCallback"]
 
@@ -63,6 +67,19 @@ class UnfreezeArguments:
     frozen_eval: bool = field(
         default=True, metadata={"help": "Run frozen modules in eval mode (no dropout, BatchNorm statistics at rest)."}
     )
+    pull: float = field(
+        default=0.0, metadata={"help": "Pull of opened weights back to the pretrained ones (L2-SP), e.g. 0.01."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Least dropout probability of opened modules."})
+    group_weight_decay: str | None = field(
+        default=None, metadata={"help": "Weight decay of some groups: 'head=0.1, block[0:4]=0'."}
+    )
+    drop_state: bool = field(
+        default=False, metadata={"help": "Forget the optimizer's state of what is frozen again, to free its memory."}
+    )
+    reinitialize: str | None = field(
+        default=None, metadata={"help": "Groups drawn anew before the first step: 'block[-2:]'."}
+    )
 
 
 class UnfreezeCallback(TrainerCallback):
@@ -77,6 +94,13 @@ class UnfreezeCallback(TrainerCallback):
         layer_decay: Factor on the learning rate from each level to the one below it, in (0, 1].
         block_warmup: Time over which the rate of a newly opened group rises to its full value, e.g. ``"50step"``.
         frozen_eval: Whether frozen modules run in eval mode.
+        pull: Strength of the pull of opened weights back to the pretrained ones (L2-SP); see ``Unfreezer``.
+        dropout: Least dropout probability of opened modules.
+        group_weight_decay: Weight decay of some groups: ``"head=0.1, block[0:4]=0"``.
+        drop_state: Whether the optimizer forgets its state of what is frozen again.
+        reinitialize: Groups whose weights are drawn anew before the first step: ``"block[-2:]"``.
+
+    An ``EarlyStoppingCallback`` on the same Trainer counts its patience anew in each phase.
 
     Raises:
         UnfreezeError: At once for a schedule or argument that cannot be read; when training begins for one that does
@@ -92,16 +116,31 @@ class UnfreezeCallback(TrainerCallback):
         layer_decay: float = 1.0,
         block_warmup: str | None = None,
         frozen_eval: bool = True,
+        pull: float = 0.0,
+        dropout: float = 0.0,
+        group_weight_decay: str | None = None,
+        drop_state: bool = False,
+        reinitialize: str | None = None,
     ) -> None:
         self.schedule = parse_schedule(schedule)
-        decay_multipliers((), layer_decay)  # these two check the value
-        parse_warmup(block_warmup)
         self.layer_decay = layer_decay
         self.block_warmup = block_warmup
         self.frozen_eval = frozen_eval
+        self.pull = pull
+        self.dropout = dropout
+        self.group_weight_decay = group_weight_decay
+        self.drop_state = drop_state
+        self.reinitialize = reinitialize
+        self._options()
+        if reinitialize is not None:
+            parse_selectors(reinitialize)
         self.unfreezer: Unfreezer | None = None
         self._steps_per_epoch: int | None = None
         self._unwatch: list[Callable[[], None]] = []
+
+    def _options(self) -> Options:
+        """The options as the attributes are now: a search may change them between two runs."""
+        return Options(**{option.name: getattr(self, option.name) for option in fields(Options)})
 
     @classmethod
     def from_arguments(cls, arguments: UnfreezeArguments) -> UnfreezeCallback:
@@ -113,7 +152,7 @@ class UnfreezeCallback(TrainerCallback):
     ) -> None:
         """Freeze: now that the optimizer holds every parameter, and never before."""
         self._close()  # auto_find_batch_size begins again after an out-of-memory error without an end
-        _refuse(args)
+        refuse(args)
         with ExitStack() as stack:
             stack.callback(self._close)  # whatever raises from here on leaves the model as it was
             self._begin(args, state, **kwargs)
@@ -121,24 +160,26 @@ class UnfreezeCallback(TrainerCallback):
 
     def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        self._steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
+        if self.reinitialize and not state.global_step:
+            draw_anew(model, self.reinitialize, args.seed)
+        self._steps_per_epoch = steps_per_epoch(args, kwargs.get("train_dataloader"))
         self.unfreezer = Unfreezer(
             model,
             optimizer,
             self.schedule,
             total_steps=state.max_steps,
             steps_per_epoch=self._steps_per_epoch,
-            layer_decay=self.layer_decay,
-            block_warmup=self.block_warmup,
-            frozen_eval=self.frozen_eval,
+            **vars(self._options()),
         )
-        trainer = _calling_trainer()
+        trainer = calling_trainer()
         if trainer is not None:
             self._attach(trainer)
         if state.is_world_process_zero and not args.disable_tqdm:
             self._print_plan(model, state)
         if state.global_step and (different := divergence(self.unfreezer, state.log_history, state.global_step)):
             warnings.warn(different, UserWarning, stacklevel=2)
+        if state.global_step and self.unfreezer.pull:
+            self.unfreezer.pull.load(checkpoint_resumed())
         self._advance(args, state)
 
     def on_step_begin(
@@ -159,6 +200,11 @@ class UnfreezeCallback(TrainerCallback):
         logs["unfreeze/phase"] = current.phase
         logs["unfreeze/trainable_params"] = current.trainable_params
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put beside the checkpoint what a resumed run needs and the checkpoint lacks: the weights to pull to."""
+        if self.unfreezer and self.unfreezer.pull and state.is_world_process_zero:
+            self.unfreezer.pull.save(newest_checkpoint(args, state.global_step))
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -176,6 +222,7 @@ class UnfreezeCallback(TrainerCallback):
         if past and all(past[-1].get(key) == value for key, value in record.items()):
             return  # resumed inside a phase whose beginning is on record
         state.log_history.append({**record, "epoch": state.epoch, "step": state.global_step})
+        restart_patience()
         if state.is_world_process_zero and not args.disable_tqdm:
             from tqdm.auto import tqdm
 
@@ -191,6 +238,8 @@ class UnfreezeCallback(TrainerCallback):
             return
         reached = [phase for phase in self.unfreezer.phases if phase.start < state.max_steps]
         copies = state_copies(self.unfreezer.optimizer)
+        if copies is not None and self.unfreezer.pull:
+            copies += 1  # the weights to pull to
         rows = plan_rows(model, self.unfreezer.groups, reached, self._steps_per_epoch, copies)
         Console().print(plan_table(rows, f"{self.schedule}, {state.max_steps} steps".replace("[", r"\[")))
 
@@ -208,7 +257,7 @@ class UnfreezeCallback(TrainerCallback):
             owner = getattr(trainer, part) if part else trainer
             if hasattr(owner, name):
                 self._unwatch.append(watch(owner, name, self._close))
-        _extend_model_card(trainer, str(self.schedule))
+        extend_model_card(trainer, str(self.schedule))
 
     def _close(self) -> None:
         if self.unfreezer is not None:
@@ -216,52 +265,3 @@ class UnfreezeCallback(TrainerCallback):
             self.unfreezer = None
         while self._unwatch:
             self._unwatch.pop()()
-
-
-def _refuse(args: TrainingArguments) -> None:
-    """Raise for what would train wrongly without a word."""
-    if getattr(args, "deepspeed", None):
-        raise EnvironmentRefused(DEEPSPEED)
-    if int(transformers.__version__.partition(".")[0]) >= 5 or not args.gradient_checkpointing:
-        return
-    options = args.gradient_checkpointing_kwargs
-    if not isinstance(options, dict) or options.get("use_reentrant", True):
-        raise EnvironmentRefused(
-            "re-entrant gradient checkpointing in transformers 4 gives no gradient to blocks above a frozen one. "
-            "Write gradient_checkpointing_kwargs={'use_reentrant': False}."
-        )
-
-
-def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
-    """Return optimizer updates in one epoch as the Trainer counts them: a last partial window is a step too."""
-    try:
-        batches = len(dataloader)
-    except TypeError:  # an iterable dataset has no length
-        return None
-    return max(-(-batches // args.gradient_accumulation_steps), 1)
-
-
-def _calling_trainer() -> Trainer | None:
-    """Return the Trainer that fired the event: callbacks are never handed it, but it is a few frames up the stack."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
-        frame = frame.f_back
-    return None
-
-
-def _extend_model_card(trainer: Trainer, schedule: str) -> None:
-    """Let ``trainer.create_model_card`` write the unfreezing section too, however often it is called."""
-    original = getattr(trainer.create_model_card, "__wrapped__", trainer.create_model_card)
-
-    @functools.wraps(original)
-    def create_model_card(*args: Any, **kwargs: Any) -> None:
-        original(*args, **kwargs)
-        if trainer.is_world_process_zero():
-            card = Path(trainer.args.output_dir or ".") / "README.md"
-            section = model_card_section(schedule, trainer.state.log_history)
-            card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{section}", encoding="utf-8")
-
-    vars(trainer)["create_model_card"] = create_model_card

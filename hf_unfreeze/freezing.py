@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import nn
 
 from .groups import LayerGroup, layer_groups
-from .schedule import parse_schedule
+from .schedule import parse_selectors
 
 __all__ = ["Follower", "FrozenEval", "TrainableSummary", "apply_trainable", "set_trainable", "trainable_summary"]
 
@@ -43,9 +43,8 @@ def set_trainable(model: nn.Module, selectors: str) -> None:
     Raises:
         ScheduleError: A selector cannot be read, or matches nothing.
     """
-    entries = ", ".join(f"{part}@0" for part in selectors.split(","))
     groups = layer_groups(model)
-    phase = parse_schedule(entries).phases(groups)[0]
+    phase = parse_selectors(selectors).phases(groups)[0]
     parameters = dict(model.named_parameters())
     apply_trainable(((g, [parameters[name] for name in g.parameter_names]) for g in groups), phase.trainable)
 

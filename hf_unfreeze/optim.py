@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,17 @@ from torch import nn
 
 from .errors import OptimizerError, UnfreezeError
 from .groups import LayerGroup, layer_groups
+from .schedule import Selector
 
-__all__ = ["GroupRates", "check_optimizer", "decay_multipliers", "param_groups_layer_decay", "raw_optimizer"]
+__all__ = [
+    "DropState",
+    "GroupRates",
+    "check_optimizer",
+    "decay_multipliers",
+    "group_weight_decay",
+    "param_groups_layer_decay",
+    "raw_optimizer",
+]
 
 _REFUSED = {
     "ScheduleFree": "keeps one averaging state for a whole param group",
@@ -72,14 +81,21 @@ class GroupRates:
         optimizer: A torch optimizer whose state is kept per parameter.
         group_of: Layer group name of each parameter, by ``id``.
         multipliers: Returns the multiplier of each layer group for the step about to be taken.
+        weight_decay: Weight decay of some layer groups, instead of their param group's; a param group without weight
+            decay (biases and norms) stays without.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, group_of: dict[int, str], multipliers: Callable[[], dict[str, float]]
+        self,
+        optimizer: torch.optim.Optimizer,
+        group_of: dict[int, str],
+        multipliers: Callable[[], dict[str, float]],
+        weight_decay: Mapping[str, float] | None = None,
     ) -> None:
         self._optimizer = optimizer
         self._group_of = group_of
         self._multipliers = multipliers
+        self._decay = weight_decay or {}
         self._own: list[dict[str, Any]] | None = None
         self._rates: list[Any] = []
         self._used: dict[str, float] = {}
@@ -92,7 +108,7 @@ class GroupRates:
         self._restore()  # a step that raised never reached its post-hook
         self._used = self._multipliers()
         self._rates = [group.get("lr") for group in optimizer.param_groups]
-        if all(multiplier == 1.0 for multiplier in self._used.values()):
+        if not self._decay and all(multiplier == 1.0 for multiplier in self._used.values()):
             return
         self._own = optimizer.param_groups
         optimizer.param_groups = [part for group in self._own for part in self._split(group)]
@@ -103,11 +119,17 @@ class GroupRates:
                 "layer_decay and block_warmup need a learning rate, and this optimizer derives its own "
                 "(Adafactor with relative_step). Write relative_step=False with lr=…, or leave both out."
             )
-        parts: dict[float, list[nn.Parameter]] = {}
+        parts: dict[tuple[float, float], list[nn.Parameter]] = {}
         for parameter in group["params"]:
-            multiplier = self._used.get(self._group_of.get(id(parameter), ""), 1.0)
-            parts.setdefault(multiplier, []).append(parameter)
-        return [{**group, "params": params, "lr": group["lr"] * m} for m, params in parts.items()]
+            name = self._group_of.get(id(parameter), "")
+            decay = group.get("weight_decay", 0.0)
+            key = self._used.get(name, 1.0), self._decay.get(name, decay) if decay else decay
+            parts.setdefault(key, []).append(parameter)
+        return [
+            {**group, "params": members, "lr": group["lr"] * multiplier}
+            | ({"weight_decay": decay} if "weight_decay" in group else {})
+            for (multiplier, decay), members in parts.items()
+        ]
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
@@ -116,6 +138,9 @@ class GroupRates:
         if self._own is not None:
             self._optimizer.param_groups = self._own
             self._own = None
+
+    def update(self) -> None:
+        """Nothing to do at a change of flags: the multipliers are asked for at each step."""
 
     def rates(self) -> dict[str, float]:
         """Return the learning rate that each layer group got in the last step; 0.0 for a frozen one."""
@@ -127,11 +152,62 @@ class GroupRates:
                     rates[name] = float(rate) * self._used.get(name, 1.0) if parameter.requires_grad else 0.0
         return rates
 
+    def of_parameters(self) -> dict[int, float]:
+        """Return the learning rate that each parameter got in the last step, by ``id``."""
+        return {
+            id(parameter): float(rate) * self._used.get(self._group_of.get(id(parameter), ""), 1.0)
+            for group, rate in zip(self._optimizer.param_groups, self._rates, strict=False)
+            if rate is not None
+            for parameter in group["params"]
+        }
+
     def close(self) -> None:
         """Take the hooks away."""
         self._restore()
         for hook in self._hooks:
             hook.remove()
+
+
+class DropState:
+    """Forgets the optimizer's state of parameters that were open and are frozen again; opened later they start anew."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+        if isinstance(optimizer, torch.optim.Adagrad):
+            raise OptimizerError("Adagrad allocates all its state at once and cannot drop any. Write drop_state=False.")
+        self._optimizer = optimizer
+        self._parameters = list(parameters)
+
+    def update(self) -> None:
+        """Forget what is frozen now."""
+        for parameter in self._parameters:
+            if not parameter.requires_grad:
+                self._optimizer.state.pop(parameter, None)
+
+    def close(self) -> None:
+        """Nothing to restore: what was dropped belonged to frozen weights."""
+
+
+def group_weight_decay(spec: str | None, groups: Sequence[LayerGroup]) -> dict[str, float]:
+    """Read ``"head=0.1, block[0:4]=0"``: weight decay by layer group, later entries over earlier ones.
+
+    Raises:
+        ScheduleError: A selector cannot be read, or matches nothing.
+        UnfreezeError: An entry without a number that is 0 or more.
+    """
+    decays: dict[str, float] = {}
+    for entry in (spec or "").split(",") if spec else ():
+        selector, _, text = entry.partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise UnfreezeError(
+                f"group_weight_decay={spec!r}: {entry.strip()!r} is no selector=number. Write 'head=0.1, block[0:4]=0'."
+            )
+        chosen = Selector.parse(selector)
+        decays.update(dict.fromkeys(chosen.select(groups) if groups else (), value))
+    return decays
 
 
 def param_groups_layer_decay(

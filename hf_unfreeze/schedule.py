@@ -16,12 +16,13 @@ without a stack means that group of every stack: ``block[-4:]`` is the last four
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from ._spec import BLOCK, Entry, Group, Selector, Time, spec_of
+from ._named import NAMED, Change, Value
+from ._spec import Entry, Group, Selector, Time, spec_of
 from .errors import ScheduleError, near_match
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "gradual",
     "linear_probe",
     "parse_schedule",
+    "parse_selectors",
     "spec_of",
 ]
 
@@ -51,10 +53,6 @@ class Phase:
 
     start: int
     trainable: tuple[str, ...]
-
-
-Value = Time | int | bool
-Change = tuple[Time, frozenset[str], bool]  # when, which groups, and True where they are frozen again
 
 
 @dataclass(frozen=True)
@@ -161,6 +159,17 @@ def parse_schedule(spec: str | Schedule) -> Schedule:
     return Schedule(tuple(entries))
 
 
+def parse_selectors(selectors: str) -> Schedule:
+    """Read selectors without times, ``"head, block[-2:]"``, as the schedule that opens them for a whole run.
+
+    Raises:
+        ScheduleError: A selector cannot be read.
+    """
+    if not isinstance(selectors, str):
+        raise ScheduleError(f"selectors are a string such as 'head, block[-2:]', not {selectors!r}.")
+    return parse_schedule(", ".join(f"{part}@0" for part in selectors.split(",")))
+
+
 def _parse_named(name: str, text: str | None) -> Schedule:
     if name not in NAMED:
         selectors = ("head", "embeddings", "block", "all")
@@ -252,58 +261,3 @@ def all_at_once() -> Schedule:
         'all_at_once'
     """
     return _build_named("all_at_once", {})
-
-
-def _gradual_changes(groups: Sequence[Group], arguments: dict[str, Any]) -> list[Change]:
-    every, count = arguments["every"], arguments["blocks"]
-    if not any(BLOCK.fullmatch(group.name) for group in groups):
-        raise ScheduleError(
-            f"gradual needs blocks, and this model has none (groups: {', '.join(group.name for group in groups)}). "
-            "Write all_at_once, or give its structure with register_architecture."
-        )
-    levels: dict[int, list[Group]] = {}  # groups of one level open together
-    for position, group in enumerate(groups):
-        levels.setdefault(position if group.level is None else group.level, []).append(group)
-    openings: list[set[str]] = [set()]
-    in_opening = count  # of the blocks; the head has an opening of its own
-    for level in sorted(levels, reverse=True):
-        members = levels[level]
-        names = {group.name for group in members if group.parameter_names}
-        if all(group.name == "head" for group in members) or not openings[0]:
-            openings[0] |= names  # a head without parameters takes the first blocks with it
-        elif all(group.name == "embeddings" for group in members):
-            openings += [names] if arguments["embeddings"] and names else []
-        elif names:
-            if in_opening == count:
-                openings.append(set())
-                in_opening = 0
-            openings[-1] |= names
-            in_opening += 1
-    return [(Time(every.value * n, every.unit), frozenset(names), False) for n, names in enumerate(openings)]
-
-
-def _linear_probe_changes(groups: Sequence[Group], arguments: dict[str, Any]) -> list[Change]:
-    everything = frozenset(group.name for group in groups)
-    return [
-        (Time(Fraction(0)), frozenset(Selector("head").select(groups)), False),
-        (arguments["until"], everything, False),
-    ]
-
-
-def _all_at_once_changes(groups: Sequence[Group], arguments: dict[str, Any]) -> list[Change]:
-    return [(Time(Fraction(0)), frozenset(group.name for group in groups), False)]
-
-
-@dataclass(frozen=True)
-class NamedSchedule:
-    """A row of the table of named schedules: its arguments with their defaults, and the changes it makes."""
-
-    arguments: dict[str, Any]
-    changes: Callable[[Sequence[Group], dict[str, Any]], list[Change]]
-
-
-NAMED = {
-    "gradual": NamedSchedule({"every": Time(Fraction(1), "ep"), "blocks": 1, "embeddings": True}, _gradual_changes),
-    "linear_probe": NamedSchedule({"until": Time(Fraction(1), "ep")}, _linear_probe_changes),
-    "all_at_once": NamedSchedule({}, _all_at_once_changes),
-}

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from ._options import Options, parse_warmup
 from .distributed import refuse_wrappers, unwrap
 from .errors import OptimizerError, ScheduleError, UnfreezeError
 from .freezing import Follower, FrozenEval, apply_trainable
 from .groups import LayerGroup, layer_groups
-from .optim import GroupRates, check_optimizer, decay_multipliers, raw_optimizer
-from .schedule import Phase, Schedule, Time, parse_schedule, spec_of
+from .optim import DropState, GroupRates, check_optimizer, decay_multipliers, raw_optimizer
+from .optim import group_weight_decay as group_weight_decay_of
+from .regularization import Pull, RaisedDropout
+from .schedule import Phase, Schedule, parse_schedule, spec_of
 
-__all__ = ["Transition", "Unfreezer", "parse_warmup"]
+__all__ = ["Transition", "Unfreezer"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,12 @@ class Unfreezer:
         block_warmup: Time (``"50step"``, ``"0.1ep"``, ``"2%"``) over which the learning rate of a group that opens
             after the first step rises linearly to its full value.
         frozen_eval: Whether frozen modules run in eval mode (no dropout, BatchNorm statistics at rest).
+        pull: Strength of the pull of opened weights back to the pretrained ones, per unit of learning rate as weight
+            decay is (L2-SP, arXiv 1802.01483); costs one copy of each opened parameter.
+        dropout: Least dropout probability of modules that are open; 0 leaves the model's own.
+        group_weight_decay: Weight decay of some groups, ``"head=0.1, block[0:4]=0"``; parameters without weight decay
+            stay without.
+        drop_state: Whether the optimizer forgets its state of parameters that are frozen again.
 
     Raises:
         ScheduleError: The schedule cannot be read or does not fit the model or the run.
@@ -69,7 +79,12 @@ class Unfreezer:
         layer_decay: float = 1.0,
         block_warmup: str | None = None,
         frozen_eval: bool = True,
+        pull: float = 0.0,
+        dropout: float = 0.0,
+        group_weight_decay: str | None = None,
+        drop_state: bool = False,
     ) -> None:
+        options = Options(layer_decay, block_warmup, frozen_eval, pull, dropout, group_weight_decay, drop_state)
         refuse_wrappers(model)
         self.optimizer = raw_optimizer(optimizer)
         check_optimizer(self.optimizer)
@@ -89,10 +104,30 @@ class Unfreezer:
         self._current: Phase | None = None
         self._transition: Transition | None = None
         self._flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
-        group_of = {id(p): group.name for group, parameters in self._members for p in parameters}
-        self._rates = GroupRates(self.optimizer, group_of, self._multipliers)
-        self._followers: list[Follower] = [FrozenEval(root)] if frozen_eval else []
+        self._followers: list[Follower] = []
+        self.pull: Pull | None = None
         self._closed = False
+        with ExitStack() as stack:
+            stack.callback(self.close)  # what raises while hooks are set leaves none behind
+            self._follow(root, named, options)
+            stack.pop_all()
+
+    def _follow(self, root: nn.Module, named: dict[str, nn.Parameter], options: Options) -> None:
+        """Set up what has to follow the flags."""
+        group_of = {id(p): group.name for group, parameters in self._members for p in parameters}
+        decays = group_weight_decay_of(options.group_weight_decay, self.groups)
+        self._rates = GroupRates(self.optimizer, group_of, self._multipliers, decays)
+        self._followers.append(self._rates)
+        members = {name: named[name] for group in self.groups for name in group.parameter_names}
+        if options.frozen_eval:
+            self._followers.append(FrozenEval(root))
+        if options.pull:
+            self.pull = Pull(self.optimizer, members, self._rates.of_parameters, options.pull)
+            self._followers.append(self.pull)
+        if options.dropout:
+            self._followers.append(RaisedDropout(root, options.dropout))
+        if options.drop_state:
+            self._followers.append(DropState(self.optimizer, members.values()))
 
     def step(self, global_step: int, epoch: float | None = None) -> Transition | None:
         """Enter the phase of this step. Call it before the forward of every optimizer step, also after a resume.
@@ -140,7 +175,6 @@ class Unfreezer:
         if self._closed:
             return
         self._closed = True
-        self._rates.close()
         for follower in reversed(self._followers):
             follower.close()
         for parameter, flag in self._flags:
@@ -209,13 +243,3 @@ def _eligible(model: nn.Module, groups: Sequence[LayerGroup]) -> tuple[LayerGrou
     if not trainable:
         raise ScheduleError("this PEFT model has no trainable parameter. Load the adapter with is_trainable=True.")
     return tuple(replace(g, parameter_names=tuple(n for n in g.parameter_names if n in trainable)) for g in groups)
-
-
-def parse_warmup(block_warmup: str | None) -> Time | None:
-    """Read ``block_warmup``; raise ScheduleError that names the argument."""
-    if block_warmup is None:
-        return None
-    try:
-        return Time.parse(str(block_warmup))
-    except ScheduleError as error:
-        raise ScheduleError(f"block_warmup={block_warmup!r}: {error}") from None

@@ -12,9 +12,9 @@ import pytest
 import hf_unfreeze
 
 PACKAGE = Path(hf_unfreeze.__file__).parent
-ORDER = ["errors", "_spec", "schedule", "architectures", "_roles", "_structure", "_trace", "detection",
-         "_rows", "groups", "freezing", "optim", "distributed",
-         "unfreezer", "_history", "_plan", "_watch", "callback", "report", "cli", "__main__"]  # fmt: skip
+ORDER = ["errors", "_spec", "_named", "schedule", "architectures", "_roles", "_structure", "_trace", "detection",
+         "_rows", "groups", "freezing", "optim", "_options", "regularization", "distributed",
+         "unfreezer", "_history", "_plan", "_watch", "_trainer", "callback", "report", "cli", "__main__"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -1,0 +1,49 @@
+"""How groups train once they are open: the arguments that Unfreezer and UnfreezeCallback share, checked at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import ScheduleError, UnfreezeError
+from .optim import decay_multipliers, group_weight_decay
+from .schedule import Time
+
+__all__ = ["Options", "parse_warmup"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments, documented at ``Unfreezer``; raises UnfreezeError for a value that no model could use."""
+
+    layer_decay: float = 1.0
+    block_warmup: str | None = None
+    frozen_eval: bool = True
+    pull: float = 0.0
+    dropout: float = 0.0
+    group_weight_decay: str | None = None
+    drop_state: bool = False
+
+    def __post_init__(self) -> None:
+        decay_multipliers((), self.layer_decay)
+        parse_warmup(self.block_warmup)
+        _check_number("pull", self.pull, float("inf"))
+        _check_number("dropout", self.dropout, 1.0)
+        group_weight_decay(self.group_weight_decay, ())
+        for name in ("frozen_eval", "drop_state"):
+            if not isinstance(getattr(self, name), bool):
+                raise UnfreezeError(f"{name}={getattr(self, name)!r} is neither True nor False. Write one of them.")
+
+
+def parse_warmup(block_warmup: str | None) -> Time | None:
+    """Read ``block_warmup``; raise ScheduleError that names the argument."""
+    if block_warmup is None:
+        return None
+    try:
+        return Time.parse(str(block_warmup))
+    except ScheduleError as error:
+        raise ScheduleError(f"block_warmup={block_warmup!r}: {error}") from None
+
+
+def _check_number(name: str, value: object, below: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < below:
+        raise UnfreezeError(f"{name}={value!r} lies outside [0, {below:g}). Write 0 for none, or for instance 0.1.")

@@ -1,0 +1,101 @@
+"""What the callback has to know of a Trainer that no event tells it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import transformers
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from ._plan import model_card_section
+from .distributed import DEEPSPEED
+from .errors import EnvironmentRefused
+
+__all__ = [
+    "calling_trainer",
+    "checkpoint_resumed",
+    "extend_model_card",
+    "newest_checkpoint",
+    "refuse",
+    "restart_patience",
+    "steps_per_epoch",
+]
+
+
+def refuse(args: TrainingArguments) -> None:
+    """Raise for what would train wrongly without a word."""
+    if getattr(args, "deepspeed", None):
+        raise EnvironmentRefused(DEEPSPEED)
+    if int(transformers.__version__.partition(".")[0]) >= 5 or not args.gradient_checkpointing:
+        return
+    options = args.gradient_checkpointing_kwargs
+    if not isinstance(options, dict) or options.get("use_reentrant", True):
+        raise EnvironmentRefused(
+            "re-entrant gradient checkpointing in transformers 4 gives no gradient to blocks above a frozen one. "
+            "Write gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+
+
+def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
+    """Return optimizer updates in one epoch as the Trainer counts them: a last partial window is a step too."""
+    try:
+        batches = len(dataloader)
+    except TypeError:  # an iterable dataset has no length
+        return None
+    return max(-(-batches // args.gradient_accumulation_steps), 1)
+
+
+def _frames() -> Iterator[tuple[Trainer, dict[str, Any]]]:
+    """Yield the Trainers up the stack, each with the local variables of its method that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            yield owner, frame.f_locals
+        frame = frame.f_back
+
+
+def calling_trainer() -> Trainer | None:
+    """Return the Trainer that fired the event: callbacks are never handed it, but it is a few frames up the stack."""
+    return next((trainer for trainer, _ in _frames()), None)
+
+
+def checkpoint_resumed() -> Path | None:
+    """Return the checkpoint from which the running Trainer resumed: its training loop has it as an argument."""
+    found = (variables.get("resume_from_checkpoint") for _, variables in _frames())
+    return next((Path(path) for path in found if isinstance(path, str)), None)
+
+
+def newest_checkpoint(args: TrainingArguments, step: int) -> Path:
+    """Return the folder that was saved just now; a hyperparameter search has one level more."""
+    root = Path(args.output_dir or ".")
+    folders = [*root.glob(f"checkpoint-{step}"), *root.glob(f"*/checkpoint-{step}")]
+    return max(folders, key=lambda folder: folder.stat().st_mtime)
+
+
+def restart_patience() -> None:
+    """Let early stopping wait for the phase it is in: a new phase has not had its chance yet."""
+    trainer = calling_trainer()
+    for callback in trainer.callback_handler.callbacks if trainer else ():
+        if isinstance(callback, EarlyStoppingCallback):
+            callback.early_stopping_patience_counter = 0
+
+
+def extend_model_card(trainer: Trainer, schedule: str) -> None:
+    """Let ``trainer.create_model_card`` write the unfreezing section too, however often it is called."""
+    original = getattr(trainer.create_model_card, "__wrapped__", trainer.create_model_card)
+
+    @functools.wraps(original)
+    def create_model_card(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        if trainer.is_world_process_zero():
+            card = Path(trainer.args.output_dir or ".") / "README.md"
+            section = model_card_section(schedule, trainer.state.log_history)
+            card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{section}", encoding="utf-8")
+
+    vars(trainer)["create_model_card"] = create_model_card

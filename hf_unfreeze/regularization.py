@@ -1,0 +1,180 @@
+"""Against overfitting on small data: pull towards the pretrained weights, more dropout, fresh top blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .errors import EnvironmentRefused, UnfreezeError
+from .groups import LayerGroup, layer_groups
+from .schedule import parse_selectors
+
+__all__ = ["Pull", "RaisedDropout", "reinitialize"]
+
+ANCHORS = "unfreeze_anchors.safetensors"
+
+# Attention layers of transformers keep a probability as a number and call the functional dropout with it.
+_DROPOUT_NUMBERS = ("dropout", "attention_dropout", "activation_dropout", "attn_dropout", "hidden_dropout")
+
+
+class Pull:
+    """Draws opened parameters back to where they were when they opened: L2-SP, decoupled from the gradient.
+
+    After each optimizer step ``w -= lr · pull · (w - w₀)``, with the learning rate that the parameter's group got. One
+    copy of each opened parameter is kept; a frozen one needs none.
+
+    Args:
+        optimizer: The raw torch optimizer.
+        parameters: Name → parameter, of everything that may open.
+        rates: Returns the learning rate of each parameter that trained in this step, by ``id``.
+        strength: Share of the way back per unit of learning rate, as weight decay is.
+
+    Reference: L2-SP, arXiv 1802.01483; decoupled as in AdamW, arXiv 1711.05101.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        rates: Callable[[], Mapping[int, float]],
+        strength: float,
+    ) -> None:
+        if any(hasattr(parameter, "device_mesh") for parameter in parameters.values()):
+            raise EnvironmentRefused("pull is not available for sharded parameters (FSDP2). Write pull=0.")
+        self._parameters = parameters
+        self._rates = rates
+        self._strength = strength
+        self.anchors: dict[str, torch.Tensor] = {}
+        self._hook = optimizer.register_step_post_hook(self._after)
+
+    def update(self) -> None:
+        """Remember the weights of what has opened just now."""
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad and name not in self.anchors:
+                self.anchors[name] = parameter.detach().clone()
+
+    def save(self, checkpoint: Path) -> None:
+        """Put the weights to pull to into a checkpoint, which holds the trained ones."""
+        save_file({name: anchor.cpu() for name, anchor in self.anchors.items()}, checkpoint / ANCHORS)
+
+    def load(self, checkpoint: Path | None) -> None:
+        """Take the weights to pull to from a checkpoint: by now the model holds trained ones.
+
+        Raises:
+            UnfreezeError: The checkpoint was written without ``pull``.
+        """
+        if checkpoint is None or not (checkpoint / ANCHORS).is_file():
+            raise UnfreezeError(
+                f"the checkpoint {checkpoint} has no {ANCHORS}: it was written with pull=0, and the weights to pull to "
+                "are not in it. Write pull=0, or start again from the pretrained model."
+            )
+        for name, anchor in load_file(checkpoint / ANCHORS).items():
+            self.anchors[name] = anchor.to(self._parameters[name])
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        rates = self._rates()
+        for name, anchor in self.anchors.items():
+            parameter = self._parameters[name]
+            if parameter.grad is not None:
+                parameter.lerp_(anchor, min(1.0, rates.get(id(parameter), 0.0) * self._strength))
+
+    def close(self) -> None:
+        """Take the hook away."""
+        self._hook.remove()
+
+
+class RaisedDropout:
+    """Raises dropout in the modules whose parameters all train, and takes it back where they are frozen again.
+
+    Args:
+        model: The model inside all wrappers.
+        probability: Least dropout probability of an opened module; one that is higher stays.
+    """
+
+    def __init__(self, model: nn.Module, probability: float) -> None:
+        self._model = model
+        self._probability = probability
+        self._found: list[tuple[nn.Module, str, float]] = []
+
+    def update(self) -> None:
+        """Raise where everything trains, restore elsewhere."""
+        self.close()
+        for module in _fully_open(self._model):
+            for part in module.modules():
+                names = ("p",) if isinstance(part, nn.Dropout) else _DROPOUT_NUMBERS
+                for name in names:
+                    value = vars(part).get(name)
+                    if isinstance(value, float) and value < self._probability:
+                        self._found.append((part, name, value))
+                        setattr(part, name, self._probability)
+
+    def close(self) -> None:
+        """Put every probability back."""
+        while self._found:
+            module, name, value = self._found.pop()
+            setattr(module, name, value)
+
+
+def _fully_open(module: nn.Module) -> Iterable[nn.Module]:
+    parameters = list(module.parameters())
+    if parameters and all(parameter.requires_grad for parameter in parameters):
+        yield module
+    else:
+        for child in module.children():
+            yield from _fully_open(child)
+
+
+def reinitialize(model: nn.Module, selectors: str, seed: int = 0) -> tuple[str, ...]:
+    """Draw the weights of the named groups anew, as the model's own ``_init_weights`` does.
+
+    The top blocks of a pretrained model are the most specialised; starting them afresh can make fine-tuning on a few
+    thousand examples steadier. The random state is as before afterwards.
+
+    Example:
+        >>> reinitialize(model, "block[-2:]")
+        ('block[4]', 'block[5]')
+
+    Args:
+        model: A transformers model, or one whose modules have ``reset_parameters``.
+        selectors: As in a schedule, without times.
+        seed: Seed of the new weights, so that every process draws the same.
+
+    Raises:
+        ScheduleError: A selector cannot be read, or matches nothing.
+
+    Reference: Revisiting few-sample BERT fine-tuning, arXiv 2006.05987.
+    """
+    groups = layer_groups(model)
+    names = parse_selectors(selectors).phases(groups)[0].trainable
+    wanted = {name for group in groups if group.name in names for name in group.parameter_names}
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for path, module in model.named_modules():
+            own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
+            if own and wanted.issuperset(own):
+                _draw(model, module)
+    return _in_order(groups, names)
+
+
+def _draw(model: nn.Module, module: nn.Module) -> None:
+    """Draw one module: by the model's rule, or by torch's for a module the model says nothing about."""
+    for parameter in module.parameters(recurse=False):
+        if hasattr(parameter, "_is_hf_initialized"):  # transformers 5 marks loaded weights, and would leave them
+            del parameter._is_hf_initialized
+    rule = getattr(model, "_init_weights", None)
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        reset()
+    if callable(rule):
+        rule(module)
+
+
+def _in_order(groups: Sequence[LayerGroup], names: Iterable[str]) -> tuple[str, ...]:
+    chosen = set(names)
+    return tuple(group.name for group in groups if group.name in chosen)
