@@ -213,7 +213,8 @@ def test_valid_schedules_round_trip_and_their_phases_are_ordered(spec, total, pe
         assert parse_schedule(again).phases(single())[0].trainable == phase.trainable
 
 
-@settings(max_examples=2000, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None)
 @given(st.text(alphabet="headblockl[]:-@0123.%step, ()=gradu", max_size=30))
 def test_any_text_parses_or_is_refused(text):
     try:

@@ -1,0 +1,97 @@
+"""Wrong input that no other file covers: each is refused with the cure, and the model is left as it was.
+
+Schedules: test_schedule.py. Options: test_regularization.py. Trainer: test_engine.py. Checkpoints: test_resume.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_bert
+from torch import nn
+
+from hf_unfreeze import (
+    UnfreezeCallback,
+    UnfreezeError,
+    Unfreezer,
+    layer_groups,
+    param_groups_layer_decay,
+    parse_schedule,
+    set_trainable,
+)
+from hf_unfreeze.errors import OptimizerError, ScheduleError, StructureError
+from hf_unfreeze.report import timeline
+
+
+def unfreezer(schedule="gradual(every=1step)", **options):
+    model = tiny_bert()
+    return Unfreezer(model, torch.optim.AdamW(model.parameters()), schedule, **options)
+
+
+CASES = {
+    "a name for a model": (lambda: layer_groups("bert-base-uncased"), StructureError, "is a torch.nn.Module, not str"),
+    "a config for a model": (lambda: layer_groups(tiny_bert().config), StructureError, "not BertConfig"),
+    "weights for a model": (lambda: layer_groups(tiny_bert().state_dict()), StructureError, "not OrderedDict"),
+    "nothing for a model": (lambda: layer_groups(None), StructureError, "not NoneType"),
+    "a model without parameters": (lambda: layer_groups(nn.ReLU()), StructureError, "has no parameters"),
+    "no optimizer": (lambda: Unfreezer(tiny_bert(), None), OptimizerError, "NoneType is no torch.optim.Optimizer"),
+    "a scheduler for an optimizer": (
+        lambda: Unfreezer(tiny_bert(), torch.optim.lr_scheduler.LambdaLR),
+        OptimizerError,
+        "is no torch.optim.Optimizer",
+    ),
+    "epochs without their length": (lambda: unfreezer("all@0, -head@1ep"), ScheduleError, "needs steps_per_epoch"),
+    "a share without the whole": (lambda: unfreezer("all@0, -head@5%"), ScheduleError, "needs total_steps"),
+    "a warm-up without the whole": (
+        lambda: unfreezer("all@0", block_warmup="5%"),
+        ScheduleError,
+        "needs total_steps",
+    ),
+    "asked before the first step": (lambda: unfreezer().transition, UnfreezeError, r"Call step\(global_step\)"),
+    "selectors that match nothing": (lambda: set_trainable(tiny_bert(), "hed"), ScheduleError, "Did you mean 'head'"),
+    "selectors that leave nothing": (lambda: set_trainable(tiny_bert(), "-all"), ScheduleError, "trains nothing"),
+    "selectors with times": (lambda: set_trainable(tiny_bert(), "head@0"), ScheduleError, "is no time"),
+    "no selectors": (lambda: set_trainable(tiny_bert(), ""), ScheduleError, "is no selector"),
+    "selectors as a list": (lambda: set_trainable(tiny_bert(), ["head"]), ScheduleError, "selectors are a string"),
+    "a decay of 2": (lambda: param_groups_layer_decay(tiny_bert(), 1e-3, layer_decay=2), UnfreezeError, "outside"),
+    "an empty history": (lambda: timeline([]), UnfreezeError, "no lr/<group> records"),
+    "a metric that is not there": (
+        lambda: timeline([{"step": 1, "lr/head": 0.1, "loss": 1.0}], metric="eval_f2"),
+        UnfreezeError,
+        "'eval_f2' is not in this run",
+    ),
+    "a schedule as bytes": (lambda: parse_schedule(b"gradual"), ScheduleError, "a string or a Schedule"),
+    "a schedule as a class": (lambda: UnfreezeCallback(int), ScheduleError, "a string or a Schedule"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_wrong_input_is_refused_with_the_cure(case):
+    wrong, error, message = CASES[case]
+    with pytest.raises(error, match=message):
+        wrong()
+
+
+def test_a_run_of_no_steps_is_told(make_trainer):
+    trainer = make_trainer(UnfreezeCallback("head@0"), num_train_epochs=0)
+    with pytest.warns(UserWarning, match="will not reach: head at step 0. The run has 0 steps"):
+        trainer.train()
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+def test_a_metric_that_is_not_a_number_disturbs_nothing(make_trainer):
+    trainer = make_trainer(UnfreezeCallback("gradual(every=10%)"), eval_strategy="epoch")
+    trainer.compute_metrics = lambda prediction: {"score": float("nan")}
+    trainer.train()
+    assert timeline(trainer, metric="eval_score").axes
+
+
+def test_an_empty_evaluation_set_is_the_trainers_affair(make_trainer):
+    trainer = make_trainer(UnfreezeCallback("gradual(every=10%)"), eval_strategy="epoch")
+    trainer.eval_dataset = []
+    plain = make_trainer(eval_strategy="epoch")
+    plain.eval_dataset = []
+    trainer.train()
+    plain.train()
+    evaluated = [[r for r in run.state.log_history if "eval_runtime" in r] for run in (trainer, plain)]
+    assert [len(records) for records in evaluated] == [3, 3]
