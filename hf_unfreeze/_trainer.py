@@ -9,7 +9,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import transformers
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from ._plan import model_card_section
@@ -31,14 +30,6 @@ def refuse(args: TrainingArguments) -> None:
     """Raise for what would train wrongly without a word."""
     if getattr(args, "deepspeed", None):
         raise EnvironmentRefused(DEEPSPEED)
-    if int(transformers.__version__.partition(".")[0]) >= 5 or not args.gradient_checkpointing:
-        return
-    options = args.gradient_checkpointing_kwargs
-    if not isinstance(options, dict) or options.get("use_reentrant", True):
-        raise EnvironmentRefused(
-            "re-entrant gradient checkpointing in transformers 4 gives no gradient to blocks above a frozen one. "
-            "Write gradient_checkpointing_kwargs={'use_reentrant': False}."
-        )
 
 
 def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

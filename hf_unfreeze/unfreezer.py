@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from ._checkpointing import Checkpointing
 from ._options import Options, parse_warmup
 from .distributed import refuse_wrappers, unwrap
 from .errors import OptimizerError, ScheduleError, UnfreezeError
@@ -119,6 +120,7 @@ class Unfreezer:
         self._rates = GroupRates(self.optimizer, group_of, self._multipliers, decays)
         self._followers.append(self._rates)
         members = {name: named[name] for group in self.groups for name in group.parameter_names}
+        self._followers.append(Checkpointing(root))
         if options.frozen_eval:
             self._followers.append(FrozenEval(root))
         if options.pull:

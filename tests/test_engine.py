@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from conftest import hashes, tiny_bert, tiny_data
 from transformers import SchedulerType, TrainerCallback, TrainingArguments
 
 from hf_unfreeze import UnfreezeCallback, UnfreezeError, Unfreezer, layer_groups, trainable_summary
-from hf_unfreeze.errors import EnvironmentRefused, OptimizerError, ScheduleError
+from hf_unfreeze.errors import OptimizerError, ScheduleError
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")
 SCHEDULE = "head@0, block[-1]@3step, block[-2:]@1ep, all@60%, -block[0]@15step"  # phases at 0, 3, 7, 13, 15
@@ -387,22 +386,6 @@ def test_optimizers_are_checked():
 def test_layer_decay_outside_its_range(layer_decay):
     with pytest.raises(UnfreezeError, match="outside"):
         UnfreezeCallback("gradual", layer_decay=layer_decay)
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # the name that both versions know
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_is_exact_or_refused(make_trainer, reentrant):
-    arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    sizes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    plain = make_trainer(UnfreezeCallback(SCHEDULE), model=tiny_bert(**sizes))
-    plain.train()
-    checkpointed = make_trainer(UnfreezeCallback(SCHEDULE), model=tiny_bert(**sizes), **arguments)
-    if reentrant and transformers.__version__.startswith("4."):
-        with pytest.raises(EnvironmentRefused, match="'use_reentrant': False"):
-            checkpointed.train()
-    else:
-        checkpointed.train()
-        assert hashes(checkpointed.model) == hashes(plain.model)
 
 
 def test_times_beyond_the_run_are_named(make_trainer):
