@@ -160,18 +160,18 @@ class UnfreezeCallback(TrainerCallback):
 
     def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
+        trainer = calling_trainer()
         if self.reinitialize and not state.global_step:
             draw_anew(model, self.reinitialize, args.seed)
         self._steps_per_epoch = steps_per_epoch(args, kwargs.get("train_dataloader"))
         self.unfreezer = Unfreezer(
-            model,
+            model if trainer is None else trainer.model_wrapped,
             optimizer,
             self.schedule,
             total_steps=state.max_steps,
             steps_per_epoch=self._steps_per_epoch,
             **vars(self._options()),
         )
-        trainer = calling_trainer()
         if trainer is not None:
             self._attach(trainer)
         if state.is_world_process_zero and not args.disable_tqdm:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ._checkpointing import Checkpointing
 from ._options import Options, parse_warmup
-from .distributed import refuse_wrappers, unwrap
+from .distributed import process_followers, refuse_wrappers, unwrap
 from .errors import OptimizerError, ScheduleError, UnfreezeError
 from .freezing import Follower, FrozenEval, apply_trainable
 from .groups import LayerGroup, layer_groups
@@ -110,10 +110,10 @@ class Unfreezer:
         self._closed = False
         with ExitStack() as stack:
             stack.callback(self.close)  # what raises while hooks are set leaves none behind
-            self._follow(root, named, options)
+            self._follow(model, root, named, options)
             stack.pop_all()
 
-    def _follow(self, root: nn.Module, named: dict[str, nn.Parameter], options: Options) -> None:
+    def _follow(self, model: nn.Module, root: nn.Module, named: dict[str, nn.Parameter], options: Options) -> None:
         """Set up what has to follow the flags."""
         group_of = {id(p): group.name for group, parameters in self._members for p in parameters}
         decays = group_weight_decay_of(options.group_weight_decay, self.groups)
@@ -130,6 +130,9 @@ class Unfreezer:
             self._followers.append(RaisedDropout(root, options.dropout))
         if options.drop_state:
             self._followers.append(DropState(self.optimizer, members.values()))
+        opened = {name for phase in self.phases for name in phase.trainable}
+        trained = [p for group, parameters in self._members if group.name in opened for p in parameters]
+        self._followers += process_followers(model, self.optimizer, trained, self._announcement)
 
     def step(self, global_step: int, epoch: float | None = None) -> Transition | None:
         """Enter the phase of this step. Call it before the forward of every optimizer step, also after a resume.
@@ -177,10 +180,15 @@ class Unfreezer:
         if self._closed:
             return
         self._closed = True
-        for follower in reversed(self._followers):
-            follower.close()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
+        for follower in reversed(self._followers):
+            follower.close()
+
+    def _announcement(self) -> list[str]:
+        """Return what every rank must say alike at a transition: the step, what trains now, and what will."""
+        now = [f"at step {self._step} trains {spec_of(self._current.trainable, self.groups)}"] if self._current else []
+        return now + [f"from step {phase.start} {spec_of(phase.trainable, self.groups)}" for phase in self.phases]
 
     def _multipliers(self) -> dict[str, float]:
         if not self._warmup:
