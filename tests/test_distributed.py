@@ -6,14 +6,22 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
-TESTS = Path(__file__).parent
-LAUNCHED = TESTS / "launched"
+LAUNCHED = Path(__file__).parent / "launched"
+LAUNCH_FILES = Path(__file__).parent.parent / "recipes" / "launch"
+sys.path.insert(0, str(LAUNCHED))
+
+import trainer_runs  # noqa: E402
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-TWO_CPUS = {"distributed_type": "MULTI_GPU", "use_cpu": True, "num_processes": 2, "main_process_port": 0}
+# `accelerate launch` without the other commands of accelerate: one of them imports timm, where that is installed
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+TWO_CPUS = [*ACCELERATE, str(LAUNCH_FILES / "two_cpu_processes.yaml")]
 # bytes of the tiny BERT's trainable parameters in fp64, by step
 SENT = [2584] * 2 + [20376] * 2 + [38168] * 2 + [55960] * 2 + [73752] * 2 + [146200] * 3
 EXACT = ["plain", "finds_unused", "static_graph", "bucket_view", "small_buckets", "accumulated",
@@ -31,9 +39,9 @@ def launch(launcher: list[str], script: Path | str, *arguments: str, timeout: in
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
-def children(script: str, folder: Path, *scenarios: str, check: bool = True) -> list[dict]:
+def children(script: str, folder: Path, *scenarios: str, check: bool = True, launcher=TORCHRUN) -> list[dict]:
     """Launch a child on two processes and return what each rank wrote."""
-    done = launch(TORCHRUN, LAUNCHED / f"{script}.py", str(folder / script), *scenarios)
+    done = launch(launcher, LAUNCHED / f"{script}.py", str(folder / script), *scenarios)
     written = [json.loads((folder / f"{script}.{rank}.json").read_text()) for rank in range(2)]
     errors = [
         result["error"]
@@ -133,3 +141,55 @@ def test_ranks_that_are_apart_end_with_an_error(tmp_path, scenario, message):
     first, second = children("disagree", tmp_path, scenario, check=False)
     assert first[scenario]["raised"].startswith(message)
     assert second[scenario]["raised"], "the other rank is not left waiting"
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory) -> tuple[dict, Path]:
+    """The Trainer's runs on one process in here, then the same on two."""
+    folder = tmp_path_factory.mktemp("trainer")
+    for name, options in trainer_runs.RUNS.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+            saved = {"save_strategy": "steps", "save_steps": 8} if name == "plain" else {}
+            one = trainer_runs.make(folder / ("one" if name == "plain" else name), **saved, **options)
+            one.train()
+            torch.save(one.model.state_dict(), folder / f"{name}-one.pt")
+    return children("trainer", folder, launcher=TWO_CPUS)[0], folder
+
+
+def distance(folder: Path, name: str, other: str) -> float:
+    mine, theirs = (torch.load(folder / f"{file}.pt") for file in (name, other))
+    return max(float((mine[key] - theirs[key]).abs().max()) for key in theirs)
+
+
+@pytest.mark.parametrize("name", trainer_runs.RUNS)
+def test_the_trainer_on_two_ranks_equals_one_process(trainer, name):
+    results, folder = trainer
+    result = results[name]
+    assert result["ranks"] == [2, 2] and result["wrapper"] == "DistributedDataParallel"
+    assert [trainable for _, trainable in result["phases"]] == [
+        "head", "block[3], head", "block[2:4], head", "all", "embeddings, block[1:4], head",
+    ]  # fmt: skip
+    assert result["equal"] and result["restored"]
+    assert result["sent"] == result["trainable"] and len(set(result["sent"])) == 5
+    assert distance(folder, name, f"{name}-one") < 1e-12
+
+
+@pytest.mark.parametrize("name", ["plain_resumed", "accumulated_resumed"])
+def test_a_resumed_two_rank_run_ends_in_the_same_bits(trainer, name):
+    assert trainer[0][name]["different"] == []
+
+
+def test_a_checkpoint_of_one_process_goes_on_with_two(trainer):
+    results, folder = trainer
+    assert results["from_one"]["equal"]
+    assert distance(folder, "from_one", "plain-one") < 1e-12
+
+
+def test_a_checkpoint_of_two_processes_goes_on_with_one(trainer):
+    folder = trainer[1]
+    one = trainer_runs.make(folder / "from_two")
+    one.train(resume_from_checkpoint=str(folder / "plain" / "checkpoint-8"))
+    torch.save(one.model.state_dict(), folder / "from_two.pt")
+    assert distance(folder, "from_two", "plain-one") < 1e-12
+    assert distance(folder, "from_two", "plain") < 1e-12

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # torch 2.13, when torch.compile is first used
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft 0.21
+warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)  # the name that both versions know
 warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)  # Trainer's default
 
 from conftest import hashes, tiny_bert  # noqa: E402
@@ -104,6 +105,6 @@ def run(scenarios: dict[str, Callable[[], dict]]) -> None:
 
 
 def end() -> None:
-    """Leave together: without it about one child in four dies at exit."""
+    """Leave together: without it about one launched run in four dies at exit."""
     dist.barrier()
     dist.destroy_process_group()
