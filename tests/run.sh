@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Install into .venv-test and run every test. At each save: .venv-test/bin/pytest -n 2 -m "not slow"
+# Install into .venv-test and run the tests, all but the slow ones; arguments go to pytest: bash tests/run.sh -m slow
+# TRANSFORMERS=4.57.6 tests another release than the newest. At each save: .venv-test/bin/pytest -n 2 -m "not slow"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/venv.sh
 make_venv "${VENV:-.venv-test}" test
+python="${VENV:-.venv-test}/bin/python"
+[ -z "${TRANSFORMERS:-}" ] || "$python" -m pip install --quiet --disable-pip-version-check "transformers==$TRANSFORMERS"
 export HF_HUB_OFFLINE=1
-exec "${VENV:-.venv-test}/bin/python" -m pytest -n 2 "$@"
+[ $# -gt 0 ] || set -- -m "not slow"
+exec "$python" -m pytest -n 2 "$@"
