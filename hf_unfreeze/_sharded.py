@@ -48,6 +48,7 @@ class Sharded:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._model = model
         self._optimizer = optimizer
+        self._ran = False
         self._hooks = [
             optimizer.register_state_dict_pre_hook(self._complete),
             optimizer.register_state_dict_post_hook(self._drop),
@@ -56,8 +57,17 @@ class Sharded:
         self._drop(optimizer)
 
     def update(self) -> None:
-        """Let the next forward gather parameters with the flags as they are now."""
-        reshard(self._model)
+        """Let the next forward gather parameters with the flags as they are now, and reduce what has been opened.
+
+        FSDP2 notes the dtypes of mixed precision from the trainable parameters of a module when it is first run, and
+        again in ``unshard``; of a module that was frozen then it knows none.
+        """
+        for module in _sharded_modules(self._model):
+            module.reshard()
+            if self._ran and any(parameter.requires_grad for parameter in module.parameters()):
+                module.unshard()
+                module.reshard()
+        self._ran = True
 
     def close(self) -> None:
         """Leave a state that the optimizer alone can save and load, and take the hooks away."""

@@ -42,7 +42,7 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def refuse_wrappers(model: Any) -> None:
-    """Raise for DeepSpeed engines, FSDP1 without ``use_orig_params``, and weights that were offloaded.
+    """Raise for DeepSpeed engines, FSDP1, and weights that were offloaded.
 
     Raises:
         EnvironmentRefused: Says why, and what to use.
@@ -51,10 +51,10 @@ def refuse_wrappers(model: Any) -> None:
         kind = type(module)
         if kind.__module__.startswith("deepspeed"):
             raise EnvironmentRefused(DEEPSPEED)
-        if kind.__name__ == "FullyShardedDataParallel" and not getattr(module, "_use_orig_params", False):
+        if kind.__name__ == "FullyShardedDataParallel":
             raise EnvironmentRefused(
-                "FSDP1 without use_orig_params=True flattens frozen and trainable parameters into one. "
-                "Write fsdp_config={'use_orig_params': True}, or use FSDP2 (fsdp_version: 2)."
+                "FSDP1 flattens frozen and trainable parameters into one, and its wrappers hide the blocks. "
+                "Use FSDP2: fsdp_version: 2 in the file for accelerate launch, or fsdp_config={'fsdp_version': 2}."
             )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -81,11 +81,8 @@ def process_followers(
     if not (dist.is_available() and dist.is_initialized()):
         return []
     root = unwrap(model)
-    kinds = {type(module).__name__ for module in model.modules()}
     if is_sharded(root):
         return [Agreement(said), Sharded(root, optimizer)]
-    if "FullyShardedDataParallel" in kinds:
-        return [Agreement(said)]
     wrapper = next((layer for layer in _layers(model) if isinstance(layer, DistributedDataParallel)), None)
     return [ReducerSync(root, wrapper, opened, said)]
 

@@ -66,7 +66,7 @@ class Unfreezer:
     Raises:
         ScheduleError: The schedule cannot be read or does not fit the model or the run.
         OptimizerError: The optimizer cannot train what the schedule opens.
-        EnvironmentRefused: DeepSpeed, or FSDP1 without ``use_orig_params``.
+        EnvironmentRefused: DeepSpeed, FSDP1, offloaded weights, or a model that was frozen before DDP wrapped it.
     """
 
     def __init__(

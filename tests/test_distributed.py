@@ -193,3 +193,31 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one(trainer):
     torch.save(one.model.state_dict(), folder / "from_two.pt")
     assert distance(folder, "from_two", "plain-one") < 1e-12
     assert distance(folder, "from_two", "plain") < 1e-12
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory) -> dict:
+    return children("fsdp", tmp_path_factory.mktemp("fsdp"))[0]
+
+
+@pytest.mark.parametrize(
+    "scenario", ["plain", "evaluated", "activations", "kept_whole", "mixed_precision", "offloaded"]
+)
+def test_fsdp2_equals_one_process_and_reduces_what_trains(fsdp, scenario):
+    result = fsdp[scenario]
+    low, high = (1e-6, 0.2) if scenario == "mixed_precision" else (0, 1e-12)
+    assert low <= result["distance"] < high
+    assert result["sent"] == result["trainable"] and len(set(result["sent"])) == 5
+    assert result["restored"]
+
+
+@pytest.mark.parametrize("scenario", ["sharded_state", "full_state"])
+def test_fsdp2_resumes_in_every_phase_to_the_same_bits(fsdp, scenario):
+    assert fsdp[scenario]["different"] == [[], []]
+    assert fsdp[scenario]["kept"] == [4, 20, 36, 73, 73], "saving gives frozen parameters no state to carry on"
+
+
+def test_fsdp1_is_refused_with_the_cure(fsdp):
+    assert (
+        fsdp["fsdp1"]["raised"].startswith("EnvironmentRefused: FSDP1") and "fsdp_version: 2" in fsdp["fsdp1"]["raised"]
+    )
