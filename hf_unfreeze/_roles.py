@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 
 __all__ = [
+    "APART",
+    "AUDIO_CLASS",
+    "BETWEEN_STAGES",
     "BLOCK_CLASS",
     "CLASS_MODALITIES",
     "CONNECTOR",
@@ -16,6 +19,7 @@ __all__ = [
     "INPUT_PROJECTION",
     "MODALITIES",
     "NEVER_BLOCK",
+    "NEVER_CLASS",
     "NORM",
     "NORM_FIRST",
     "NORM_LAST",
@@ -27,27 +31,36 @@ __all__ = [
     "QUIRKS",
     "RANKS",
     "SHARED_TABLE",
+    "STACK_NAMES",
     "STAGE_INNER",
     "STEM",
     "TASK_HEAD",
+    "TOWER",
+    "TOWER_CLASS",
     "matches",
 ]
 
 # Classes whose lists are blocks, and lookalikes that are not.
 BLOCK_CLASS = (
-    r"(Block|Layer|Stage|Bottleneck|Cell|Group|EncoderLayer|Residual\w*|Module)(V?\d*|_\w+)?$",
-    r"Block",
-    r"Stage",
+    r"(Block|Layer|Stage|Bottleneck|Cell|Group|EncoderLayer|Residual\w*|Module|Propagation)(V?\d*|_\w+)?$",
+    r"Block|Stage|ConvEncoder$",
 )
 NO_BLOCK_CLASS = (
     r"Norm|Embed|Linear|Conv\d?d?(Norm)?Layer$|Conv\dd|Expert|MLP|Mlp|FFN|Feed|Downsampl|Upsampl|Head$|SelfAttention$|Dropout",
 )
+# Feature extractors and small predictors: no blocks, although some of them are checkpointed.
+NEVER_CLASS = (r"(LayerNorm|GroupNorm)ConvLayer$|PredictorLayer$|Data2VecAudio\w*ConvLayer$",)
 # Components under which a list is never a stack of blocks: stems and heads.
 NOT_STACKS = (
-    r"^(feature_extractor|conv_layers|conv_embed\w*|embeddings?|patch_embed\w*|stem|subsampl\w*|conv_stem)$",
-    r"head|classifier|^neck$|^cls$|^score$|^pooler$|^projector$|merger|multi_modal_projector|upscale|upsampl|expert|^mlp$|^ffn$|_embed$|tdnn|adapter|^fc\w*$",
+    r"^(feature_(extractor|encoder)|conv_embed\w*|embeddings?|embedder|patch_embed\w*|stem|subsampl\w*|conv_stem)$",
+    r"^(fpn|pan)_blocks$|^fusion_stage$|^segmentation|^duration_predictor$",
+    r"head|classifier|^neck$|^cls$|^score$|^pooler$|^projector$|merger|multi_modal_projector|upscale|upsampl|expert|^mlp$|^ffn$|(?<!image)(?<!audio)_embed$|tdnn|adapter|^fc\w*$",
 )
-NEVER_BLOCK = (r"^(conv_layers|experts|adapters?|downsample\w*|lora_\w+)$",)
+NEVER_BLOCK = (r"^(experts|adapters?|downsample\w*|downsampl\w*|lora_\w+)$",)
+# Towers of convolutions of many kinds, in which nothing repeats: one block.
+TOWER_CLASS = (r"^Encodec(En|De)coder$",)
+# Members of a list of stages that lead from one stage to the next.
+BETWEEN_STAGES = (r"Embeddings?$|Downsampl|PatchMerging",)
 STAGE_INNER = (r"^(blocks?|layers?|resnets?|res_blocks|attentions|\d+)$",)
 
 STEM = (
@@ -55,13 +68,13 @@ STEM = (
     r"pos(ition)?(al)?_|^pos(_|$)|position|patch|^stem|_stem$|^conv1$|^(conv_in|shared|tok|word|token)\w*$",
     r"feature_(extractor|projection)|^relative_attention_bias$|rel_embeddings|rotary|subsampl|^frontend|^prompt_encoder$",
     r"^masked_spec_embed$|^mask_emb$|^(ln|norm)_pre$|^pre_?(ln|layer_?norm|norm|layrnorm)$|^input_proj|^project_in$",
-    r"^per_layer|^ple$|^altup_proj|_(latent|speakers|delta)_proj$|^mel_|newline|separator",
+    r"^per_layer|^ple$|^altup_proj|_(latent|speakers|delta|prompt)_proj$|^mel_|newline|separator|^query(_feat)?$",
 )
 HEAD = (
     r"^(\w*_)?(classifiers?|classification|class_head|lm_head|heads?|pooler|pooling\w*|scorer?|qa_outputs|cls|logits?\w*)$",
     r"head|classifier|predict(?!or)|^logit_|temperature|pooler|^ctc|^fc_norm$|^score|seq_relationship|^embed_out$|^attention_pool",
-    r"^(start|end|answer|span)_|^tdnn$|^layer_weights$|^projector$|^decode_|^neck$|class_embed(?!ding)|bbox_embed|^bbox_pred",
-    r"^embedding_proj|^upscale|^embed_out|unembed|mask_embedder|_a3_module$",
+    r"^(start|end|answer|span)_|^tdnn$|^layer_weights$|^projector$|^decode_|^neck$|(?<!denoising_)class_embed(?!ding)|bbox_embed(?!ding)|^bbox_pred",
+    r"^embedding_proj|^upscale|^embed_out|unembed|mask_embed(?!ding)|_a3_module$|merger|^final_input$|^segmentation",
     r"^vocab|^generator|^proj_out$|^summary|^discriminator|^lm_|^qa_",
 )
 NORM = (r"norm|^ln|^layernorm|^post_?ln",)
@@ -69,37 +82,57 @@ NORM_LAST = (r"final|post|^norm$|_f$|^norm2|layernorm2$|^head_norm",)
 NORM_FIRST = (r"^post_conv_layernorm$",)
 # Class of the owner, component of the name, and where it runs in spite of name and place.
 QUIRKS = (
-    (r"BigBirdPegasusDecoder", r"^layernorm_embedding$", "head"),
-    (r"^Lfm", r"^embedding_norm$", "head"),
-    (r"StableLayerNorm|ConformerEncoder|Wav2Vec2BertEncoder", r"^layer_norm$", "head"),
+    (r"BigBirdPegasus(En|De)coder", r"^layernorm_embedding$", "head"),
+    (r"^Lfm(?!\w*Vision)", r"^embedding_norm$", "head"),
+    (r"StableLayerNorm|ConformerEncoder|Wav2Vec2BertEncoder|GroundingDinoDecoder", r"^layer_norm$", "head"),
     (r"SEWD|Deberta", r"^(LayerNorm|conv)$", "embeddings"),
     (r"CohereAsrDecoder", r"^proj$", "connector"),
     (r"PerceiverEncoder", r"^cross_attention$", "embeddings"),
-    (r"Videomt", r"^layernorm$", "head"),
+    (r"Perceiver", r"^decoder$", "head"),
+    (r"Videomt|Eomt", r"^layernorm$", "head"),
     (r"UVDoc", r"^resnet_head$", "embeddings"),
+    (r"ClapAudioEncoder", r"^batch_norm$", "embeddings"),
+    (r"LayoutLMv3Model", r"^(LayerNorm|norm)$", "embeddings"),
+    (r"Qwen\w*(Audio|ASR)\w*Encoder", r"^conv", "embeddings"),
+    (r"FlavaModel", r"^(image|text)_projection$", "head"),
+    (r"^Sam3", r"^dot_product_scoring$", "head"),
+    (r"VideoPrismVision", r"^layernorm1$", "connector"),
+    (r"Blip2ForImageTextRetrieval", r"^(vision|text)_projection$", "head"),
+    (r"MuseGlimmerAssistant", r"^encoder$", "embeddings"),
+    (r"Canine", r"^(chars_to_molecules|projection)$", "connector"),
+    (r"Sam\w*VisionEncoder|SamEncoder", r"^proj$", "connector"),
+    (r"LocalEncoder", r"^patch_embedding_projection$", "connector"),
 )
 CONNECTOR = (
     r"projector|connector|multi_?modal|^mm_|resampl|merger|aligner|bridge|abstractor|(visual|vision|language|modality|mm)_proj|_to_mm_",
-    r"^image_(newline|separator)|^view_separator|link_tower|^cross_modal_\w+_transform$|enc_to_dec_proj|^(language|text|vision|audio|image|visual|speech)_(model_)?(projection|proj|adapter)$|^embed_(vision|audio)$|^adapter$|qformer|^query_tokens$",
+    r"^image_(newline|separator)|^view_separator|link_tower|^cross_modal_\w+_transform$|enc_to_dec_proj|^embed_(vision|audio)$|^adapter$",
+    r"^(image_to_)?(language|text|vision|audio|image|visual|speech)_(model_)?(projection|proj|adapter)$|qformer|^query_tokens$",
+    r"^high_res_vision_|^(semantic_adapter|fc_encoder|latent_proj|encoder_to_decoder|keypoint_encoder)$|quantize",
+    r"^(duration|pitch|energy)_(predictor|embed)$",
 )
 
 # Tables inside the first block that serve all blocks.
 SHARED_TABLE = (r"relative_attention_bias|rel_attn_embed|relative_bias|rel_pos_bias",)
 
 # What joins a vision tower to the encoder above it (DETR and its kin).
-INPUT_PROJECTION = (r"^input_proj|^level_embed|^conv_s\d|^compress_vit|^query_position_embeddings_proj",)
+INPUT_PROJECTION = (
+    r"^((en|de)coder_)?input_proj|^level_embed|^conv_s\d|^compress_vit|^query_position_embeddings_proj|^enc_output",
+    r"^(lateral|downsample)_convs$|^(fpn|pan)_blocks$|^ref_point_head$|^query_pos_head$|^query_input_projection$|^reference_points$",
+)
 # A model with these beside its "base model" is no task class.
 OWN_STEM = (r"^embeddings$|^embed_tokens$|^word_embeddings$",)
-TASK_HEAD = (r"lm_head|^ctc|classifier|^score$",)
+# A tower that has no blocks of its own, under a language model.
+TOWER = (r"audio|vision|visual|speech",)
+TASK_HEAD = (r"lm_head|^ctc|classifier|^score$|class_embed|bbox_embed",)
 
 # Which tower a component names, and which part of a tower.
 MODALITIES = (
     ("qformer", r"q_?former"),
     ("cross", r"cross_(modal|encoder)|^x_layers|multimodal_(encoder|model)|mm_encoder|^fusion"),
-    ("vision", r"vis|image|pixel|^vit|^backbone|r_layers|patch_encoder|sam_|convnext|siglip|eva|^conv_encoder"),
+    ("vision", r"vis|image|pixel|^vit|^backbone|^r_layers|patch_encoder|sam_|convnext|siglip|eva|^conv_encoder"),
     ("video", r"video"),
     ("audio", r"audio|speech|wav|codec|sound|acoustic|mimi"),
-    ("text", r"text|language|^lang|^llm?$|^lm$|^thinker"),
+    ("text", r"text|language|^lang|^llm?$|^lm$"),
 )
 PARTS = (
     ("encoder", r"encoder"),
@@ -108,26 +141,98 @@ PARTS = (
     ("resampler", r"resampl|perceiver"),
     ("mtp", r"mtp|nextn"),
 )
+# Stacks whose path must be read as a whole: a name, or a modality to which the part is added.
+STACK_NAMES = (
+    ("encoder.initial", r"initial_char_encoder"),
+    ("encoder.final", r"final_char_encoder"),
+    ("patcher", r"^(model\.)?patcher\."),
+    ("global", r"^(model\.)?global_transformer"),
+    ("semantic", r"^semantic\.|semantic_(encoder|model|tokenizer_encoder)"),
+    ("semantic_encoder", r"encoder_semantic"),
+    ("coarse", r"^coarse_acoustics"),
+    ("fine", r"^fine_acoustics"),
+    (
+        "codec",
+        r"codec_model|vqmodel|vq_model|vqvae|image_codebook|^audio_encoder\.(en|de)coder\.layers|decoder_semantic",
+    ),
+    ("audio", r"asr_encoder"),
+    ("diarization", r"diarization_model"),
+    ("timestamp", r"word_timestamp_encoder"),
+    ("expert", r"(^|\.)dit\."),
+    ("high_res", r"high_res_vision"),
+    ("protein", r"protein_encoder\.model"),
+    ("text", r"backbone_model\.layers"),
+    ("low", r"L_module"),
+    ("high", r"H_module"),
+    ("flow", r"^flow\."),
+    ("vocoder", r"vocoder|bigvgan|hifi_gan"),
+    ("t2u", r"t2u_model"),
+    ("talker", r"^talker"),
+    ("refinement", r"^refinement_layer"),
+    ("memory", r"memory_attention"),
+    ("memory_encoder", r"memory_encoder|spatial_perceiver"),
+    ("reading_order", r"reading_order"),
+    ("neck", r"post_csp_pan"),
+    ("mask", r"^blocks$"),
+    ("spatial", r"spatial_layers"),
+    ("temporal", r"temporal_layers"),
+    ("auxiliary", r"auxiliary_layers"),
+    ("vision", r"keypoint_detector|sam_encoder"),
+    ("speech_decoder", r"^speech_decoder_model"),
+)
+AUDIO_CLASS = r"Audio|Speech|Conformer|Wav|Whisper|Codec|Encodec|Mimi"
 # The same, by the class of the blocks, where the names of the path are silent.
 CLASS_MODALITIES = (
-    ("audio", r"Audio|Speech|Conformer|Wav|Whisper|Codec|Encodec|Mimi"),
+    ("audio", AUDIO_CLASS),
     ("vision", r"Vision|Image|ViT|Swin|ResNet|Convn?ext|Dinov|Beit"),
 )
 # Height of a stack in the model; equal heights that are parallel share levels.
 RANKS = {
+    "codec": 5,
+    "patcher": 5,
+    "speech_decoder": 5,
     "vision": 10,
     "video": 10,
     "audio": 10,
+    "high_res": 10,
+    "protein": 10,
+    "diarization": 10,
+    "semantic": 10,
+    "semantic_encoder": 15,
+    "low": 10,
+    "high": 20,
+    "neck": 20,
+    "coarse": 20,
+    "fine": 30,
+    "memory_encoder": 25,
+    "memory": 30,
+    "spatial": 10,
+    "temporal": 15,
+    "auxiliary": 18,
     "resampler": 20,
     "qformer": 20,
     "connector": 30,
     "text": 40,
+    "encoder.initial": 48,
     "encoder": 50,
+    "encoder.final": 52,
+    "global": 55,
+    "flow": 55,
     "decoder": 60,
+    "expert": 60,
+    "talker": 65,
     "predictor": 70,
+    "refinement": 70,
+    "mask": 70,
+    "reading_order": 70,
+    "t2u": 75,
     "cross": 80,
     "mtp": 90,
+    "timestamp": 90,
+    "vocoder": 95,
 }
+# Lists side by side that are stacks of their own and not one.
+APART = (r"^(spatial|temporal)_layers$|^[rx]_layers",)
 PARALLEL = (r"logit_scale|^temperature$|^logit_bias$",)
 
 

@@ -8,9 +8,22 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ._roles import BLOCK_CLASS, NEVER_BLOCK, NO_BLOCK_CLASS, NOT_STACKS, PARTS, STAGE_INNER, matches
+from ._roles import (
+    APART,
+    BETWEEN_STAGES,
+    BLOCK_CLASS,
+    HEAD,
+    NEVER_BLOCK,
+    NEVER_CLASS,
+    NO_BLOCK_CLASS,
+    NOT_STACKS,
+    PARTS,
+    STAGE_INNER,
+    TOWER_CLASS,
+    matches,
+)
 
-__all__ = ["Stack", "find_stacks", "has_parameters", "repeated_runs"]
+__all__ = ["Stack", "find_stacks", "has_parameters", "join", "repeated_runs"]
 
 Block = tuple[str, ...]  # the paths of the modules that make one block
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -39,12 +52,15 @@ def has_parameters(module: nn.Module) -> bool:
 
 
 def join(path: str, name: str) -> str:
+    """``join("a.b", "c")`` → ``a.b.c``; the path may be empty."""
     return f"{path}.{name}" if path else name
 
 
 def is_block(module: nn.Module, no_split: frozenset[str]) -> bool:
     """Whether one element of a sequence looks like a block: by base class, by ``_no_split_modules``, by name."""
     name = type(module).__name__
+    if matches(NEVER_CLASS, name):
+        return False
     if any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__) or name in no_split:
         return True
     return (
@@ -77,13 +93,15 @@ def _visit(module: nn.Module, path: str, no_split: frozenset[str]) -> Iterator[S
     done = {name for run in numbered for name in run}
     for name, child in module.named_children():
         here = join(path, name)
-        if not has_parameters(child) or matches(NOT_STACKS, name):
+        if not has_parameters(child) or (matches(NOT_STACKS, name) and not hasattr(child, "qformer")):
             continue
         if name in done:
             run = next(run for run in numbered if name in run)
             if name == run[0]:
                 members = [(join(path, item), module.get_submodule(item)) for item in run]
                 yield _stack(path, here, members, no_split)
+        elif matches(TOWER_CLASS, type(child).__name__):
+            yield Stack(path, here, [(here,)], [0])
         elif isinstance(child, CONTAINERS) and _is_sequence(child, no_split) and not matches(NEVER_BLOCK, name):
             members = [(join(here, item), element) for item, element in elements(child)]
             yield _stack(path, here, members, no_split)
@@ -105,6 +123,7 @@ def _stack(path: str, source: str, members: list[tuple[str, nn.Module]], no_spli
 
 def _is_sequence(container: nn.Module, no_split: frozenset[str]) -> bool:
     members = [child for _, child in elements(container)]
+    members = members[:1] + [child for child in members[1:] if not matches(BETWEEN_STAGES, type(child).__name__)]
     if not members:
         return False
     inner = [
@@ -122,7 +141,7 @@ def _numbered(module: nn.Module, no_split: frozenset[str]) -> list[list[str]]:
     runs: dict[str, list[str]] = {}
     for name, child in module.named_children():
         match = re.fullmatch(r"(\w*?[A-Za-z]_?)(\d+)", name)
-        if match and has_parameters(child) and not isinstance(module, CONTAINERS):
+        if match and has_parameters(child) and not isinstance(module, (nn.ModuleList, nn.Sequential)):
             nested = isinstance(child, CONTAINERS) and _is_sequence(child, no_split)
             if nested or is_block(child, no_split):
                 runs.setdefault(match[1], []).append(name)
@@ -135,6 +154,9 @@ def _blocks(members: list[tuple[str, nn.Module]], no_split: frozenset[str]) -> l
     pending: list[str] = []  # what serves the next stage
     for path, member in members:
         inner = _inner_sequences(member, path, no_split)
+        if blocks and matches(BETWEEN_STAGES, type(member).__name__):
+            pending.append(path)
+            continue
         if not inner:
             blocks.append((*pending, path))
             pending = []
@@ -163,14 +185,14 @@ def _inner_sequences(member: nn.Module, path: str, no_split: frozenset[str]) -> 
             continue
         parts = elements(child)
         classes = {type(part) for _, part in parts}
-        if parts and len(classes) == 1 and all(is_block(part, no_split) for _, part in parts):
+        if parts and (len(classes) == 1 or name == "blocks") and all(is_block(part, no_split) for _, part in parts):
             found.append([(join(join(path, name), item), part) for item, part in parts])
     return found
 
 
 def _loose_of(stage: nn.Module, path: str, taken: list[str]) -> tuple[list[str], list[str]]:
-    """Children of a stage outside its blocks: registered before the first block, and after it."""
-    before: list[str] = []
+    """What a stage owns outside its blocks: before the first of them (its own parameters too), after the last."""
+    before = [join(path, name) for name, _ in stage.named_parameters(recurse=False)]
     after: list[str] = []
     seen = False
     for name, child in stage.named_children():
@@ -178,7 +200,7 @@ def _loose_of(stage: nn.Module, path: str, taken: list[str]) -> tuple[list[str],
         if any(item == here or item.startswith(here + ".") for item in taken):
             seen = True
         elif has_parameters(child):
-            (after if seen else before).append(here)
+            (after if seen and not name.endswith("projector") else before).append(here)
     return before, after
 
 
@@ -192,13 +214,13 @@ def _join_siblings(stacks: list[Stack], model: nn.Module) -> list[Stack]:
         for other in result:
             other_name = other.source.rpartition(".")[2]
             other_role = next((part for part, pattern in PARTS if re.search(pattern, other_name)), "")
-            if other.path == stack.path and role == other_role and not re.match(r"[rx]_layers", name):
+            if other.path == stack.path and role == other_role and not matches(APART, name):
                 twin = other
         if twin is None:
             result.append(stack)
             continue
         kind = _class_of(model, twin), _class_of(model, stack)
-        woven = len(stack.blocks) <= len(twin.blocks) and kind[0] != kind[1]
+        woven = len(stack.blocks) <= len(twin.blocks) and (kind[0] != kind[1] or _modality(stack) != _modality(twin))
         if woven:
             step = max(1, len(twin.blocks) // len(stack.blocks))
             for i, block in enumerate(stack.blocks):
@@ -213,14 +235,26 @@ def _join_siblings(stacks: list[Stack], model: nn.Module) -> list[Stack]:
     return result
 
 
+def _modality(stack: Stack) -> str:
+    """The modality that the name of a list itself tells: BridgeTower has one list of cross layers for each."""
+    name = stack.source.rpartition(".")[2]
+    return next((word for word in ("text", "image") if word in name), "")
+
+
 def _join_lists(stack: Stack, model: nn.Module, taken: list[str]) -> None:
     """Lists beside the blocks with one entry per block or stage: attention, norm, patch embedding of that stage."""
     count = len(stack.starts)
     for name, child in model.get_submodule(stack.path).named_children():
         here = join(stack.path, name)
-        if not isinstance(child, CONTAINERS) or len(child) != count or count < 2 or not has_parameters(child):
+        if not isinstance(child, CONTAINERS) or not has_parameters(child) or count < 2 or matches(HEAD, name):
             continue
-        if any(path.startswith(here + ".") for path in taken):
+        if name.endswith("link_tower") and len(child) == count - 1:  # one between two blocks
+            for i, start in enumerate(stack.starts[1:]):
+                stack.blocks[start] = (f"{here}.{i}", *stack.blocks[start])
+        if name == "upsampler" and count % len(child) == 0:  # a stage of a vocoder has several blocks
+            for i, start in enumerate(stack.starts[:: count // len(child)]):
+                stack.blocks[start] = (f"{here}.{i}", *stack.blocks[start])
+        if len(child) != count or any(path.startswith(here + ".") for path in taken):
             continue
         staged = len(stack.blocks) > count
         if staged and re.search("norm", name):
@@ -260,5 +294,7 @@ def repeated_runs(model: nn.Module) -> list[Stack]:
             run.append((join(path, name),))
             size += sum(p.numel() for p in child.parameters())
             if len(run) > 1 and size > weight:
-                best, weight = Stack(path, path, list(run)), size
+                best, weight = Stack(path.rpartition(".")[0], path, list(run), list(range(len(run)))), size
+    if best.blocks and isinstance(model.get_submodule(best.source), nn.ModuleList):
+        _join_lists(best, model, [item for block in best.blocks for item in block])
     return [best] if best.blocks else []

@@ -10,29 +10,26 @@ from typing import Any
 
 from torch import nn
 
+from ._naming import arrange, in_parallel, name_stacks
 from ._roles import (
-    CLASS_MODALITIES,
     CONNECTOR,
     HEAD,
     INPUT_PROJECTION,
-    MODALITIES,
     NORM,
     NORM_FIRST,
     NORM_LAST,
     OWN_STEM,
-    PARALLEL,
-    PARTS,
     QUIRKS,
-    RANKS,
     SHARED_TABLE,
     STEM,
     TASK_HEAD,
+    TOWER,
     matches,
 )
-from ._structure import Stack, find_stacks, repeated_runs
+from ._structure import Stack, find_stacks, join, repeated_runs
 from ._trace import first_use
 
-__all__ = ["Layout", "Place", "arrange", "base_of", "detect", "first_use"]
+__all__ = ["Layout", "Place", "base_of", "detect", "prefixes"]
 
 
 @dataclass(frozen=True)
@@ -57,33 +54,6 @@ class Layout:
     tiers: tuple[tuple[str, ...], ...]
 
 
-def arrange(stacks: Iterator[str] | list[str], parallel: bool) -> tuple[tuple[str, ...], ...]:
-    """Order the stacks bottom → top: vision or audio, connector, text or encoder, decoder, cross.
-
-    Example:
-        >>> arrange(["decoder", "encoder"], parallel=False)
-        (('encoder',), ('decoder',))
-
-    Args:
-        stacks: Names, in the order of registration.
-        parallel: Whether the text tower stands beside the others (CLIP) and not on them (LLaVA).
-    """
-
-    def rank(name: str) -> int:
-        best = max((RANKS.get(part, 0) for part in re.split(r"[._]", name)), default=0)
-        first = RANKS.get(name.split(".")[0], best)
-        return 10 if parallel and name.split(".")[0] == "text" else first
-
-    ranked: dict[tuple[int, str], list[str]] = {}
-    for order, name in enumerate(stacks):
-        inner = name.partition(".")[2]
-        key = (rank(name), f"{RANKS.get(inner, 0):03d}" if inner else "")
-        if not inner and rank(name) == 0:
-            key = (45, f"{order:03d}")
-        ranked.setdefault(key, []).append(name)
-    return tuple(tuple(names) for _, names in sorted(ranked.items()))
-
-
 def detect(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layout | None:
     """Tell the layout of any model, or None when nothing in it repeats.
 
@@ -99,42 +69,26 @@ def detect(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layout 
     if not stacks:
         return None
     names = name_stacks(stacks, model)
-    used = first_use(model, inputs) if inputs is not None else {}
-    towers = dict.fromkeys(names)
-    several = len(towers) > 1
-    parallel = "cross" in towers or any(
-        matches(PARALLEL, part) for name, _ in model.named_parameters() for part in name.split(".")
-    )
-    if several and "text" in towers and {"encoder", "decoder"} & set(towers) and "vision" in towers:
-        parallel = True
-    tiers = arrange(list(towers), parallel)
-    offsets: dict[str, int] = {}
-    owner: dict[str, Place] = {}
-    for stack, name in zip(stacks, names, strict=True):
-        start = offsets.get(name, 0)
-        for i, block in enumerate(stack.blocks):
-            for path in block:
-                owner[path] = Place(name, start + i, f"block list {stack.source}".rstrip())
-        offsets[name] = start + len(stack.blocks)
+    parallel = in_parallel(names, model)
+    tiers = arrange(dict.fromkeys(names), parallel)
     loose = _Loose(model, stacks, names, tiers)
+    owner = _owners(stacks, names)
     places: dict[str, Place] = {}
-    waiting: dict[str, str] = {}
-    alike = Counter(re.sub(r"\d+", "#", name) for name, _ in model.named_parameters(remove_duplicate=False))
+    unsure: list[str] = []
+    tables = Counter(_numberless(name) for name, _ in model.named_parameters(remove_duplicate=False))
     for name, _ in model.named_parameters(remove_duplicate=False):
         found = next((owner[path] for path in prefixes(name) if path in owner), None)
-        if found is not None and any(matches(SHARED_TABLE, word) for word in name.split(".")):
-            shared = re.sub(r"\d+", "#", name)
-            found = Place("embeddings", None, "table for all blocks") if alike[shared] == 1 else found
+        if found is not None and found.index == 0 and tables[_numberless(name)] == 1 and _is_table(name):
+            found = Place("embeddings", None, "table for all blocks")
         if found is None:
             found, sure = loose.place(name)
-            if not sure:
-                waiting[name] = found.stack
+            unsure += [] if sure else [name]
         places[name] = found
-    if used:
-        _place_by_use(places, waiting, used)
+    if inputs is not None:
+        loose.place_by_use(places, unsure, first_use(model, inputs))
     if any(place.stack == "connector" for place in places.values()):
-        towers["connector"] = None
-    return Layout(places, arrange(list(towers), parallel))
+        names = [*names, "connector"]
+    return Layout(places, arrange(dict.fromkeys(names), parallel))
 
 
 def prefixes(name: str) -> Iterator[str]:
@@ -142,60 +96,6 @@ def prefixes(name: str) -> Iterator[str]:
     while name:
         yield name
         name = name.rpartition(".")[0]
-
-
-def name_stacks(stacks: list[Stack], model: nn.Module) -> list[str]:
-    """One name per stack; an empty one when the model has only one."""
-    if len(stacks) == 1:
-        return [""]
-    described = [_describe(stack, model) for stack in stacks]
-    if any(modality for modality, _ in described):
-        language = isinstance(_embedding_of(model), nn.Embedding)
-        described = [(m or ("text" if not r and language else ""), r) for m, r in described]
-    roles = [role for modality, role in described if not modality]
-    names = []
-    for modality, role in described:
-        twins = [r for m, r in described if m == modality]
-        distinct = len(twins) > 1 and len(set(twins)) == len(twins)
-        names.append(f"{modality}.{role}" if modality and role and distinct else modality or role or "main")
-    if "cross" in names and "text" not in names:
-        names = ["text" if name == "encoder" else name for name in names]
-    if "text" in names and "encoder" in roles and "decoder" not in roles:
-        block = (
-            type(model.get_submodule(stacks[names.index("encoder")].blocks[0][-1])).__name__
-            if "encoder" in names
-            else ""
-        )
-        heard = "audio" if re.search(CLASS_MODALITIES[0][1], block) else "vision"
-        names = [heard if name == "encoder" and heard not in names else name for name in names]
-    result: list[str] = []
-    for i, name in enumerate(names):
-        unique = name
-        if name in result:
-            own = [part for part in stacks[i].source.split(".") if not part.isdigit()]
-            other = stacks[result.index(name)].source.split(".")
-            word = next((part for part in own if part not in other), "part")
-            unique, number = f"{name}.{word}", 2
-            while unique in result:
-                unique, number = f"{name}.{word}{number}", number + 1
-        result.append(unique)
-    return result
-
-
-def _describe(stack: Stack, model: nn.Module) -> tuple[str, str]:
-    """Modality and part of a stack: from its path, the outermost word first, then from the class of its blocks."""
-    parts = stack.source.split(".")
-    modality = next((m for part in parts for m, pattern in MODALITIES if re.search(pattern, part)), "")
-    role = next((r for part in parts for r, pattern in PARTS if re.search(pattern, part)), "")
-    if not modality and not role:
-        block = type(model.get_submodule(stack.blocks[0][-1])).__name__
-        modality = next((m for m, pattern in CLASS_MODALITIES if re.search(pattern, block)), "")
-    return modality, role
-
-
-def _embedding_of(model: nn.Module) -> nn.Module | None:
-    """The first embedding table, if there is any: a model with one reads tokens."""
-    return next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
 
 
 def base_of(model: nn.Module, stacks: list[Stack]) -> str:
@@ -211,6 +111,25 @@ def base_of(model: nn.Module, stacks: list[Stack]) -> str:
     return f"{prefix}." if holds and not own else ""
 
 
+def _owners(stacks: list[Stack], names: list[str]) -> dict[str, Place]:
+    """Path of each module in a block → its place; stacks of one name number their blocks through."""
+    owner: dict[str, Place] = {}
+    offsets: Counter[str] = Counter()
+    for stack, name in zip(stacks, names, strict=True):
+        for index, block in enumerate(stack.blocks, offsets[name]):
+            owner |= {path: Place(name, index, f"block list {stack.source}".rstrip()) for path in block}
+        offsets[name] += len(stack.blocks)
+    return owner
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _is_table(name: str) -> bool:
+    return any(matches(SHARED_TABLE, word) for word in name.split("."))
+
+
 class _Loose:
     """Places what lies in no block, by the words of its name below the last module that also holds a stack."""
 
@@ -223,81 +142,92 @@ class _Loose:
         self.holders = self.ancestors | {path for stack in stacks for block in stack.blocks for path in block}
         self.sources = {stack.source: name for stack, name in zip(stacks, names, strict=True)}
         self.top = tiers[-1]
-        self.language = self.fused and "text" in self.top
+        self.language = self.fused and bool({"text", "cross"} & set(self.top))
         self.sight = self.fused and any(name.startswith("vision") for name in tiers[0])
         self.base = base_of(model, stacks)
 
     def place(self, name: str) -> tuple[Place, bool]:
         """Return the place of a parameter, and whether a word (and not only its position) told it."""
-        parts = name.split(".")
-        depth = 0
-        while depth < len(parts) and ".".join(parts[: depth + 1]) in self.ancestors:
-            depth += 1
-        parent, below = ".".join(parts[:depth]), parts[depth:]
-        branch = below[0] if below else ""
+        parent, below = self._split(name)
+        branch = below[0]
         owner = type(self.model.get_submodule(parent)).__name__
         for kind, word, stack in QUIRKS:
             if re.search(kind, owner) and re.search(word, branch):
-                return Place(
-                    stack, None, f"runs {'before' if stack == 'embeddings' else 'after'} the blocks of {owner}"
-                ), True
-        lower = self._lower(parent)
+                return Place(stack, None, f"{branch} of {owner}"), True
         if self.base and not name.startswith(self.base):
-            return Place("head", None, "outside the base model"), True
+            stem = matches((r"^embed_",), branch) and not matches(HEAD, branch)
+            return Place("embeddings" if stem else "head", None, "outside the base model"), True
+        lower = self._lower(parent)
         words = below[:-1] if len(below) > 1 and below[-1] in ("weight", "bias") else below
-        for word in words:
-            if self.fused and matches(CONNECTOR, word):
-                return Place("connector", None, f"connector ({word})"), True
-            if self.sight and matches(INPUT_PROJECTION, word):
-                return Place("connector", None, f"input projection ({word})"), True
-            if matches(NORM_FIRST, word):
-                return Place("embeddings", None, f"stem ({word})"), True
-            if matches(HEAD, word):
-                up = lower and not matches(TASK_HEAD, word)
-                return Place(
-                    "connector" if up else "head", None, f"above {lower} ({word})" if up else f"head ({word})"
-                ), True
-            if matches(STEM, word):
-                return Place("embeddings", None, f"stem ({word})"), True
+        told = next((place for word in words if (place := self._by_word(word, lower)) is not None), None)
+        if told is not None:
+            return told, True
+        if isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+            return Place("embeddings", None, "embedding table"), True
+        return self._by_position(parent, branch, lower), False
+
+    def place_by_use(self, places: dict[str, Place], unsure: list[str], used: Mapping[str, int]) -> None:
+        """Place by first use what only its position placed so far."""
+        for name in unsure:
+            parent = self._split(name)[0]
+            inside = [
+                order
+                for other, order in used.items()
+                if places[other].index is not None and (not parent or other.startswith(f"{parent}."))
+            ]
+            if name not in used or not inside:
+                continue
+            lower = self._lower(parent)
+            if used[name] < min(inside):
+                places[name] = Place("embeddings", None, "used before the blocks")
+            else:
+                places[name] = Place("connector" if lower else "head", None, "used after the first block")
+
+    def _split(self, name: str) -> tuple[str, list[str]]:
+        """The last module on the way to a parameter that also holds a stack, and the rest of the name."""
+        parts = name.split(".")
+        depth = 0
+        while depth < len(parts) - 1 and ".".join(parts[: depth + 1]) in self.ancestors:
+            depth += 1
+        return ".".join(parts[:depth]), parts[depth:]
+
+    def _by_word(self, word: str, lower: str) -> Place | None:
+        if self.fused and matches(CONNECTOR, word):
+            return Place("connector", None, f"connector ({word})")
+        if self.sight and matches(INPUT_PROJECTION, word):
+            return Place("connector", None, f"input projection ({word})")
+        if matches(NORM_FIRST, word):
+            return Place("embeddings", None, f"stem ({word})")
+        if matches(HEAD, word):
+            if lower and not matches(TASK_HEAD, word):
+                return Place("connector", None, f"above {lower} ({word})")
+            return Place("head", None, f"head ({word})")
+        return Place("embeddings", None, f"stem ({word})") if matches(STEM, word) else None
+
+    def _by_position(self, parent: str, branch: str, lower: str) -> Place:
         before = self._before(parent, branch)
         if matches(NORM, branch):
             before = before and not matches(NORM_LAST, branch)
             if not before and lower and self.language:
-                return Place("connector", None, f"final norm of {lower}"), False
-            return Place("embeddings" if before else "head", None, "first norm" if before else "final norm"), False
+                return Place("connector", None, f"final norm of {lower}")
+            return Place("embeddings" if before else "head", None, "first norm" if before else "final norm")
         if not before and lower:
-            return Place("connector", None, f"above {lower}"), False
-        return Place(
-            "embeddings" if before else "head", None, "before the blocks" if before else "after the blocks"
-        ), False
+            return Place("connector", None, f"above {lower}")
+        if self.language and matches(TOWER, branch):
+            return Place("connector", None, f"tower without blocks ({branch})")
+        return Place("embeddings" if before else "head", None, "before the blocks" if before else "after the blocks")
 
     def _lower(self, parent: str) -> str:
         """The stack that a module belongs to, if another one stands on it."""
         if not self.fused or not parent:
             return ""
-        own = {name for source, name in self.sources.items() if source.startswith(parent + ".")}
+        own = {name for source, name in self.sources.items() if source.startswith(f"{parent}.")}
         return next(iter(own)) if own and not own & set(self.top) else ""
 
     def _before(self, parent: str, branch: str) -> bool:
-        """Whether a child is registered before the first child that holds blocks; direct parameters are."""
-        module = self.model.get_submodule(parent) if parent else self.model
-        for child, _ in module.named_children():
-            if child == branch:
-                return True
-            if (f"{parent}.{child}" if parent else child) in self.holders:
-                return branch not in dict(module.named_children())
-        return True
-
-
-def _place_by_use(places: dict[str, Place], waiting: Mapping[str, str], used: Mapping[str, int]) -> None:
-    """Parameters that only their position placed go where their first use says: before the first block, or after it."""
-    blocks = [order for name, order in used.items() if name in places and places[name].index is not None]
-    if not blocks:
-        return
-    first = min(blocks)
-    for name in waiting:
-        if name in used:
-            early = used[name] < first
-            places[name] = Place(
-                "embeddings" if early else "head", None, "used before the blocks" if early else "used after the blocks"
-            )
+        """Whether a child is registered before the first child that holds blocks, or is a parameter."""
+        children = [name for name, _ in self.model.get_submodule(parent).named_children()]
+        if branch not in children:
+            return True
+        first = next((i for i, name in enumerate(children) if join(parent, name) in self.holders), len(children))
+        return children.index(branch) < first

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,12 +103,64 @@ def _changes(config: Any, layers: int) -> dict[str, Any]:
     return changes
 
 
+# What default configs leave out, by attribute; set only where the value is missing.
+MISSING = {
+    "head_dim": 64,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "prediction_length": 8,
+    "context_length": 8,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "vocabulary_map": {"<image>": 1},
+}
+# Values of single model types.
+VALUES: dict[str, dict[str, Any]] = {
+    "beit": {"out_indices": [0, 1, 2, 3]},
+    "reformer": {"is_decoder": True},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 6},
+    "cohere_compass_text": {"rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in
+                                                ("full_attention", "sliding_attention")}},
+}  # fmt: skip
+
+
+def _complete(config: Any) -> Any:
+    """Fill in what a config leaves to the checkpoint, in its parts too."""
+    for name, value in MISSING.items():
+        if getattr(config, name, None) is None:
+            setattr(config, name, value)
+    for name, value in VALUES.get(config.model_type, {}).items():
+        setattr(config, name, value)
+    for name, value in vars(config).items():
+        if isinstance(value, transformers.PretrainedConfig):
+            _complete(value)
+        elif name in ("hidden_sizes", "depths", "embed_dims") and isinstance(value, tuple):
+            setattr(config, name, list(value))
+    return config
+
+
+def configs(pair: Pair, layers: int) -> Iterator[Any]:
+    """Configs to try: that of the pair as it is; completed; that of the class; the default, where sizes must agree."""
+    own = getattr(getattr(transformers, pair.class_name), "config_class", None) or CONFIG_MAPPING[pair.model_type]
+    yield shrunken(CONFIG_MAPPING[pair.model_type], layers)
+    yield _complete(shrunken(CONFIG_MAPPING[pair.model_type], layers))
+    if own is not CONFIG_MAPPING[pair.model_type]:
+        yield _complete(shrunken(own, layers))
+    yield _complete(CONFIG_MAPPING[pair.model_type]())
+
+
 def build(pair: Pair, layers: int = 3, **overrides: Any) -> nn.Module:
     """The model of a pair on the meta device, without weights."""
-    config = shrunken(CONFIG_MAPPING[pair.model_type], layers)
-    for key, value in overrides.items():
-        setattr(config, key, value)
-    return build_class(getattr(transformers, pair.class_name), config)
+    errors = []
+    for config in configs(pair, layers):
+        for key, value in overrides.items():
+            setattr(config, key, value)
+        try:
+            return build_class(getattr(transformers, pair.class_name), config)
+        except Exception as error:  # noqa: BLE001 - each of 1,600 classes has complaints of its own
+            errors.append(error)
+    raise errors[-1] from errors[0]
 
 
 def build_class(model_class: type, config: Any) -> nn.Module:

@@ -14,8 +14,9 @@ from torch import nn
 
 from hf_unfreeze import layer_groups
 from hf_unfreeze._rows import match_row
+from hf_unfreeze._trace import first_use
 from hf_unfreeze.architectures import find_architecture
-from hf_unfreeze.detection import detect, first_use
+from hf_unfreeze.detection import detect
 from hf_unfreeze.groups import explain_groups
 
 SHARDS = 8

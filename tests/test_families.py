@@ -1,0 +1,84 @@
+"""Loose parameters and stacks of families that names alone would misplace; each row read off the modeling source."""
+
+from __future__ import annotations
+
+import model_zoo
+import pytest
+import transformers
+
+from hf_unfreeze import layer_groups
+
+# model type, part of the Auto class, group of some parameters
+TABLE = [
+    ("xlm", "base", {"attentions.1.q_lin.weight": "block[1]", "layer_norm2.2.bias": "block[2]",
+        "ffns.0.lin1.weight": "block[0]"}),
+    ("layoutlmv3", "base", {"norm.weight": "embeddings"}),
+    ("bros", "base", {"bbox_embeddings.bbox_projection.weight": "embeddings"}),
+    ("bigbird_pegasus", "base", {"decoder.layernorm_embedding.bias": "head"}),
+    ("clap", "base", {"audio_model.audio_encoder.batch_norm.weight": "embeddings",
+        "audio_projection.linear1.weight": "head"}),
+    ("canine", "base", {"initial_char_encoder.layer.0.output.dense.bias": "encoder.initial.block[0]",
+        "chars_to_molecules.conv.bias": "connector", "projection.conv.bias": "connector", "pooler.dense.bias": "head"}),
+    ("kosmos-2", "base", {"image_to_text_projection.latent_query": "connector"}),
+    ("groupvit", "base", {"vision_model.encoder.stages.1.group_token": "vision.block[2]",
+        "vision_model.encoder.stages.0.downsample.norm_tokens.bias": "vision.block[2]",
+        "visual_projection.0.weight": "head"}),
+    ("blip_2_qformer", "base", {"layernorm.bias": "embeddings"}),
+    ("videomae", "for_pretraining", {"encoder_to_decoder.weight": "connector", "decoder.norm.bias": "head",
+        "decoder.decoder_layers.0.output.dense.bias": "decoder.block[0]"}),
+    ("bridgetower", "base", {"cross_modal_text_layers.1.output.dense.bias": "cross.block[1]",
+        "cross_modal_image_layers.1.output.dense.bias": "cross.block[1]",
+        "cross_modal_text_link_tower.0.LayerNorm.bias": "cross.block[1]"}),
+    ("lightglue", "base", {"transformer_layers.0.self_attention.q_proj.weight": "main.block[0]",
+        "token_confidence.0.token.weight": "main.block[0]"}),
+    ("lfm2", "base", {"embedding_norm.weight": "head"}),
+    ("eomt", "universal", {"layernorm.bias": "head", "query.weight": "embeddings"}),
+    ("sam", "mask_generation", {"prompt_encoder.mask_embed.conv1.bias": "embeddings"}),
+    ("superglue", "keypoint", {"gnn.layers.0.attention.output.dense.bias": "main.block[0]",
+        "keypoint_encoder.encoder.0.linear.weight": "connector", "bin_score": "head"}),
+    ("encodec", "base", {"encoder.layers.0.conv.bias": "encoder.block[0]",
+        "decoder.layers.0.conv.bias": "decoder.block[0]"}),
+    ("qwen3_asr_encoder", "base", {"conv2d1.bias": "embeddings", "ln_post.bias": "head"}),
+    ("bark", "base", {"semantic.layers.0.mlp.in_proj.weight": "semantic.block[0]",
+        "fine_acoustics.layers.0.mlp.in_proj.weight": "fine.block[0]"}),
+    ("swiftformer", "base", {"encoder.network.1.proj.bias": "block[2]"}),
+    ("granite_speech", "base", {"projector.qformer.encoder.layer.0.attention.output.dense.bias": "qformer.block[0]",
+        "projector.query": "embeddings"}),
+    ("perceiver", "masked", {"perceiver.decoder.output_position_encodings.position_embeddings": "head",
+        "perceiver.encoder.cross_attention.mlp.dense1.bias": "embeddings"}),
+]  # fmt: skip
+
+# model type → stacks bottom → top, as the forward runs them
+ORDER = {
+    "canine": ["encoder.initial", "encoder", "encoder.final"],
+    "blt": ["patcher", "encoder", "global", "decoder"],
+    "bark": ["codec.encoder", "codec.decoder", "semantic", "coarse", "fine"],
+    "hrm_text": ["low", "high"],
+    "blip-2": ["vision", "qformer", "text"],
+    "t5gemma2": ["vision", "text", "decoder"],
+    "phi4_multimodal": ["audio", "vision", "text"],
+    "grounding-dino": ["text", "vision", "encoder", "decoder"],
+    "pi0": ["vision", "text", "expert"],
+    "vits": ["text", "flow", "decoder"],
+}
+
+
+def model_of(model_type: str, auto: str):
+    pair = next(pair for pair in model_zoo.pairs() if pair.model_type == model_type and auto in pair.auto)
+    return model_zoo.build(pair)
+
+
+if not transformers.__version__.startswith("5."):
+    pytest.skip("these names are those of transformers 5", allow_module_level=True)
+
+
+@pytest.mark.parametrize(("model_type", "auto", "places"), TABLE, ids=lambda v: v if isinstance(v, str) else "")
+def test_loose_parameters(model_type, auto, places):
+    home = {name: group.name for group in layer_groups(model_of(model_type, auto)) for name in group.parameter_names}
+    assert {name: home[name] for name in places} == places
+
+
+@pytest.mark.parametrize("model_type", ORDER)
+def test_stacks_in_the_order_of_execution(model_type):
+    tops = {g.stack: g.level for g in layer_groups(model_of(model_type, "base")) if "block[" in g.name}
+    assert list(dict.fromkeys(sorted(tops, key=lambda stack: (tops[stack], stack)))) == ORDER[model_type]
