@@ -87,10 +87,15 @@ class FrozenEval:
 
     It shadows ``train`` on the one instance: ``eval()`` set by a callback would be undone, and a forward hook would be
     traced by torch.compile. ``close`` takes the shadow away again and restores the modes.
+
+    Args:
+        model: The model without wrappers.
+        parameters: Those that open and close; a module without any, as in the base of a PEFT model, is left alone.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
         self._model = model
+        self._governed = {id(parameter) for parameter in parameters}
         self._frozen: list[nn.Module] = []
         self._shadowed: Callable[..., nn.Module] | None = model.__dict__.get("train")
         self._modes = [(module, module.training) for module in model.modules()]
@@ -105,8 +110,8 @@ class FrozenEval:
         return self._model
 
     def update(self) -> None:
-        """Find the largest modules that have parameters, all of them frozen."""
-        self._frozen = list(_fully_frozen(self._model))
+        """Find the largest modules that have such parameters, all of them frozen."""
+        self._frozen = list(self._fully_frozen(self._model))
         if self._model.training:
             self(True)
 
@@ -119,11 +124,10 @@ class FrozenEval:
         for module, mode in self._modes:
             module.training = mode
 
-
-def _fully_frozen(module: nn.Module) -> Iterable[nn.Module]:
-    parameters = list(module.parameters())
-    if parameters and not any(parameter.requires_grad for parameter in parameters):
-        yield module
-    elif parameters:
-        for child in module.children():
-            yield from _fully_frozen(child)
+    def _fully_frozen(self, module: nn.Module) -> Iterable[nn.Module]:
+        parameters = [parameter for parameter in module.parameters() if id(parameter) in self._governed]
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            yield module
+        elif parameters:
+            for child in module.children():
+                yield from self._fully_frozen(child)

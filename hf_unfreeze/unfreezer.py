@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ._adapters import eligible_groups
 from ._checkpointing import Checkpointing
+from ._compiling import GraphLimit
 from ._options import Options, parse_warmup
 from .distributed import process_followers, refuse_wrappers, unwrap
-from .errors import OptimizerError, ScheduleError, UnfreezeError
+from .errors import OptimizerError, UnfreezeError
 from .freezing import Follower, FrozenEval, apply_trainable
-from .groups import LayerGroup, layer_groups
+from .groups import layer_groups
 from .optim import DropState, GroupRates, check_optimizer, decay_multipliers, raw_optimizer
 from .optim import group_weight_decay as group_weight_decay_of
 from .regularization import Pull, RaisedDropout
@@ -92,7 +93,7 @@ class Unfreezer:
         root = unwrap(model)
         named = dict(root.named_parameters())
         self.schedule = parse_schedule(schedule)
-        self.groups = _eligible(root, layer_groups(root))
+        self.groups = eligible_groups(root, layer_groups(root))
         self.phases = self.schedule.phases(self.groups, total_steps, steps_per_epoch)
         self._decay = decay_multipliers(self.groups, layer_decay)
         warmup = parse_warmup(block_warmup)
@@ -120,9 +121,9 @@ class Unfreezer:
         self._rates = GroupRates(self.optimizer, group_of, self._multipliers, decays)
         self._followers.append(self._rates)
         members = {name: named[name] for group in self.groups for name in group.parameter_names}
-        self._followers.append(Checkpointing(root))
+        self._followers += [Checkpointing(root), GraphLimit()]
         if options.frozen_eval:
-            self._followers.append(FrozenEval(root))
+            self._followers.append(FrozenEval(root, members.values()))
         if options.pull:
             self.pull = Pull(self.optimizer, members, self._rates.of_parameters, options.pull)
             self._followers.append(self.pull)
@@ -243,13 +244,3 @@ class Unfreezer:
             f"the optimizer lacks {name}{more}, which the schedule '{self.schedule}' opens. Build it over all "
             "parameters, for instance AdamW(model.parameters()) or param_groups_layer_decay(model, lr=…)."
         )
-
-
-def _eligible(model: nn.Module, groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:
-    """Keep of a PEFT model only what PEFT made trainable: base weights must never switch on."""
-    if not getattr(model, "peft_config", None):
-        return tuple(groups)
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not trainable:
-        raise ScheduleError("this PEFT model has no trainable parameter. Load the adapter with is_trainable=True.")
-    return tuple(replace(g, parameter_names=tuple(n for n in g.parameter_names if n in trainable)) for g in groups)
