@@ -6,6 +6,7 @@ A new family usually needs one more word here and no code.
 
 from __future__ import annotations
 
+import functools
 import re
 
 __all__ = [
@@ -153,7 +154,7 @@ STACK_NAMES = (
     ("fine", r"^fine_acoustics"),
     (
         "codec",
-        r"codec_model|vqmodel|vq_model|vqvae|image_codebook|^audio_encoder\.(en|de)coder\.layers|decoder_semantic",
+        r"codec_model|vqmodel|vq_model|vqvae|image_codebook|^audio_encoder\.(en|de)coder$|decoder_semantic",
     ),
     ("audio", r"asr_encoder"),
     ("diarization", r"diarization_model"),
@@ -236,6 +237,7 @@ APART = (r"^(spatial|temporal)_layers$|^[rx]_layers",)
 PARALLEL = (r"logit_scale|^temperature$|^logit_bias$",)
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def matches(table: tuple[str, ...], word: str) -> bool:
     """Whether a component of a name belongs to a table.
 

@@ -99,6 +99,14 @@ class Time:
         return f"{number[:-digits]}.{number[-digits:]}{self.unit}" if digits else f"{number}{self.unit}"
 
 
+_NO_STRUCTURE = (
+    "no structure was found in this model, so it has one group, all_parameters. Tried: its row in the registry, timm's "
+    "group_matcher, lists of blocks told by class, by _no_split_modules or by name, the longest run of equal layers."
+    " Write all, or say where the blocks are: give the model a config with a model_type and call "
+    'register_architecture(Architecture("my_model", {"": ("tower.layers",)}, ("embed",))).'
+)
+
+
 @dataclass(frozen=True)
 class Selector:
     """Names layer groups: ``Selector.parse("decoder.block[-4:]")``.
@@ -141,6 +149,8 @@ class Selector:
             base = group.name.removeprefix(f"{group.stack}.").partition("[")[0]
             if self.group in (base, "all") and self.stack in ("", group.stack):
                 stacks.setdefault(group.stack, []).append(group.name)
+        if not stacks and [group.name for group in groups] == ["all_parameters"]:
+            raise ScheduleError(f"{self} matches nothing: {_NO_STRUCTURE}")
         if not stacks:
             allowed = sorted({"all"} | {group.name.partition("[")[0] for group in groups})
             raise ScheduleError(

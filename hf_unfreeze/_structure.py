@@ -23,7 +23,7 @@ from ._roles import (
     matches,
 )
 
-__all__ = ["Stack", "find_stacks", "has_parameters", "join", "repeated_runs"]
+__all__ = ["CONTAINERS", "Block", "Stack", "elements", "find_stacks", "has_parameters", "join", "join_lists"]
 
 Block = tuple[str, ...]  # the paths of the modules that make one block
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -69,8 +69,12 @@ def is_block(module: nn.Module, no_split: frozenset[str]) -> bool:
 
 
 def elements(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The members of a container that own parameters; numbered attributes (``layer1``, ``layer2``) are no container."""
-    return [(name, child) for name, child in module.named_children() if has_parameters(child)]
+    """The members of a container that own weights: parameters, or the buffers of a quantised layer."""
+    return [
+        (name, child)
+        for name, child in module.named_children()
+        if has_parameters(child) or (name.isdigit() and next(child.buffers(), None) is not None)
+    ]
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
@@ -231,7 +235,7 @@ def _join_siblings(stacks: list[Stack], model: nn.Module) -> list[Stack]:
             twin.blocks.extend(stack.blocks)
     taken = [path for stack in result for block in stack.blocks for path in block]
     for stack in result:
-        _join_lists(stack, model, taken)
+        join_lists(stack, model, taken)
     return result
 
 
@@ -241,7 +245,7 @@ def _modality(stack: Stack) -> str:
     return next((word for word in ("text", "image") if word in name), "")
 
 
-def _join_lists(stack: Stack, model: nn.Module, taken: list[str]) -> None:
+def join_lists(stack: Stack, model: nn.Module, taken: list[str]) -> None:
     """Lists beside the blocks with one entry per block or stage: attention, norm, patch embedding of that stage."""
     count = len(stack.starts)
     for name, child in model.get_submodule(stack.path).named_children():
@@ -271,30 +275,3 @@ def _join_lists(stack: Stack, model: nn.Module, taken: list[str]) -> None:
 
 def _class_of(model: nn.Module, stack: Stack) -> type:
     return type(model.get_submodule(stack.blocks[0][-1]))
-
-
-def repeated_runs(model: nn.Module) -> list[Stack]:
-    """The longest run of equal neighbours in any container: what is left when nothing looks like a block.
-
-    Two neighbours are equal when their class agrees and, for a single layer such as ``Linear``, their shapes too.
-    """
-    best = Stack("", "")
-    weight = 0
-    for path, module in model.named_modules():
-        if not isinstance(module, CONTAINERS):
-            continue
-        run: list[Block] = []
-        last: object = None
-        size = 0
-        for name, child in elements(module):
-            leaf = next(child.children(), None) is None
-            kind = (type(child), tuple(tuple(p.shape) for p in child.parameters()) if leaf else ())
-            if kind != last:
-                run, size, last = [], 0, kind
-            run.append((join(path, name),))
-            size += sum(p.numel() for p in child.parameters())
-            if len(run) > 1 and size > weight:
-                best, weight = Stack(path.rpartition(".")[0], path, list(run), list(range(len(run)))), size
-    if best.blocks and isinstance(model.get_submodule(best.source), nn.ModuleList):
-        _join_lists(best, model, [item for block in best.blocks for item in block])
-    return [best] if best.blocks else []

@@ -26,7 +26,8 @@ from ._roles import (
     TOWER,
     matches,
 )
-from ._structure import Stack, find_stacks, join, repeated_runs
+from ._runs import repeated_runs
+from ._structure import Stack, find_stacks, join
 from ._trace import first_use
 
 __all__ = ["Layout", "Place", "base_of", "detect", "prefixes"]

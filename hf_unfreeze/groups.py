@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ._matcher import match_groups
 from ._rows import match_row
 from .architectures import Architecture, find_architecture
 from .detection import Layout, Place, detect
@@ -107,7 +108,7 @@ def _inner_layout(model: nn.Module, inputs: Mapping[str, Any] | None) -> Layout 
         if layout is not None:
             return layout
         _warn_row(model, row, failed)
-    return detect(model, inputs)
+    return match_groups(model) or detect(model, inputs)
 
 
 def _unwrapped(model: nn.Module) -> tuple[str, nn.Module]:

@@ -12,8 +12,8 @@ import pytest
 import hf_unfreeze
 
 PACKAGE = Path(hf_unfreeze.__file__).parent
-ORDER = ["errors", "_spec", "_named", "schedule", "architectures", "_roles", "_structure", "_naming", "_trace",
-         "detection", "_rows", "groups", "freezing", "optim", "_adapters", "_compiling",
+ORDER = ["errors", "_spec", "_named", "schedule", "architectures", "_roles", "_structure", "_runs", "_naming",
+         "_trace", "detection", "_rows", "_matcher", "groups", "freezing", "optim", "_adapters", "_compiling",
          "_checkpointing", "_options", "regularization",
          "_agreement", "_reducer", "_sharded", "distributed",
          "unfreezer", "_history", "_plan", "_watch", "_trainer", "callback", "report", "cli", "__main__"]  # fmt: skip
