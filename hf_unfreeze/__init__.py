@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .architectures import Architecture, list_architectures, register_architecture
+    from .cache import FrozenPrefixCache
     from .callback import UnfreezeArguments, UnfreezeCallback
     from .errors import UnfreezeError
     from .freezing import set_trainable, trainable_summary
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Architecture",
+    "FrozenPrefixCache",
     "LayerGroup",
     "Phase",
     "Schedule",
@@ -41,6 +43,7 @@ __all__ = [
 # Loaded on first use: `import hf_unfreeze` costs neither transformers nor torch.
 _HOME = {
     "Architecture": "architectures",
+    "FrozenPrefixCache": "cache",
     "LayerGroup": "groups",
     "Phase": "schedule",
     "Schedule": "schedule",

@@ -23,6 +23,7 @@ from ._trainer import (
     steps_per_epoch,
 )
 from ._watch import watch
+from .cache import FrozenPrefixCache
 from .errors import UnfreezeError
 from .regularization import reinitialize as draw_anew
 from .schedule import Schedule, parse_schedule, parse_selectors
@@ -80,6 +81,9 @@ class UnfreezeArguments:
     reinitialize: str | None = field(
         default=None, metadata={"help": "Groups drawn anew before the first step: 'block[-2:]'."}
     )
+    cache: str | None = field(
+        default=None, metadata={"help": "Keep what frozen blocks compute for an example: memory, disk or disk:FOLDER."}
+    )
 
 
 class UnfreezeCallback(TrainerCallback):
@@ -99,6 +103,8 @@ class UnfreezeCallback(TrainerCallback):
         group_weight_decay: Weight decay of some groups: ``"head=0.1, block[0:4]=0"``.
         drop_state: Whether the optimizer forgets its state of what is frozen again.
         reinitialize: Groups whose weights are drawn anew before the first step: ``"block[-2:]"``.
+        cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: an example goes through the
+            frozen blocks once in the run and not once in an epoch.
 
     An ``EarlyStoppingCallback`` on the same Trainer counts its patience anew in each phase.
 
@@ -121,6 +127,7 @@ class UnfreezeCallback(TrainerCallback):
         group_weight_decay: str | None = None,
         drop_state: bool = False,
         reinitialize: str | None = None,
+        cache: str | FrozenPrefixCache | None = None,
     ) -> None:
         self.schedule = parse_schedule(schedule)
         self.layer_decay = layer_decay
@@ -134,6 +141,7 @@ class UnfreezeCallback(TrainerCallback):
         self._options()
         if reinitialize is not None:
             parse_selectors(reinitialize)
+        self.cache = None if cache is None else FrozenPrefixCache.parse(cache)
         self.unfreezer: Unfreezer | None = None
         self._steps_per_epoch: int | None = None
         self._unwatch: list[Callable[[], None]] = []
@@ -170,6 +178,7 @@ class UnfreezeCallback(TrainerCallback):
             self.schedule,
             total_steps=state.max_steps,
             steps_per_epoch=self._steps_per_epoch,
+            cache=self.cache,
             **vars(self._options()),
         )
         if trainer is not None:

@@ -13,6 +13,7 @@ from ._adapters import eligible_groups
 from ._checkpointing import Checkpointing
 from ._compiling import GraphLimit
 from ._options import Options, parse_warmup
+from .cache import FrozenPrefixCache
 from .distributed import process_followers, refuse_wrappers, unwrap
 from .errors import OptimizerError, UnfreezeError
 from .freezing import Follower, FrozenEval, apply_trainable
@@ -63,6 +64,8 @@ class Unfreezer:
         group_weight_decay: Weight decay of some groups, ``"head=0.1, block[0:4]=0"``; parameters without weight decay
             stay without.
         drop_state: Whether the optimizer forgets its state of parameters that are frozen again.
+        cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: what frozen blocks compute for
+            an example is kept for the whole run.
 
     Raises:
         ScheduleError: The schedule cannot be read or does not fit the model or the run.
@@ -85,6 +88,7 @@ class Unfreezer:
         dropout: float = 0.0,
         group_weight_decay: str | None = None,
         drop_state: bool = False,
+        cache: str | FrozenPrefixCache | None = None,
     ) -> None:
         options = Options(layer_decay, block_warmup, frozen_eval, pull, dropout, group_weight_decay, drop_state)
         refuse_wrappers(model)
@@ -112,6 +116,8 @@ class Unfreezer:
         with ExitStack() as stack:
             stack.callback(self.close)  # what raises while hooks are set leaves none behind
             self._follow(model, root, named, options)
+            if cache is not None:
+                self._followers.append(FrozenPrefixCache.parse(cache).follow(root, self._upcoming))
             stack.pop_all()
 
     def _follow(self, model: nn.Module, root: nn.Module, named: dict[str, nn.Parameter], options: Options) -> None:
@@ -190,6 +196,9 @@ class Unfreezer:
         """Return what every rank must say alike at a transition: the step, what trains now, and what will."""
         now = [f"at step {self._step} trains {spec_of(self._current.trainable, self.groups)}"] if self._current else []
         return now + [f"from step {phase.start} {spec_of(phase.trainable, self.groups)}" for phase in self.phases]
+
+    def _upcoming(self) -> list[Phase]:
+        return [phase for phase in self.phases if self._current is None or phase.start >= self._current.start]
 
     def _multipliers(self) -> dict[str, float]:
         if not self._warmup:

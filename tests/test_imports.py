@@ -16,6 +16,7 @@ ORDER = ["errors", "_spec", "_named", "schedule", "architectures", "_roles", "_s
          "_trace", "detection", "_rows", "_matcher", "groups", "freezing", "optim", "_adapters", "_compiling",
          "_checkpointing", "_options", "regularization",
          "_agreement", "_reducer", "_sharded", "distributed",
+         "_shadow", "_keys", "_store", "_prefix", "_activations", "_exact", "_caching", "cache",
          "unfreezer", "_history", "_plan", "_watch", "_trainer", "callback", "report", "cli", "__main__"]  # fmt: skip
 
 

@@ -1,0 +1,87 @@
+"""Whether a model gives the same bits when its frozen prefix is passed over, and why it would not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._keys import Batch
+
+__all__ = ["buffers_kept", "detached", "gradient_source", "same_outputs", "unfit"]
+
+AUGMENTS = ("mask_time_prob", "mask_feature_prob")
+
+
+def unfit(model: nn.Module) -> str:
+    """Return why no part of this model can be cached, as far as can be told without a forward."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()) or any(
+        hasattr(parameter, "device_mesh") for parameter in model.parameters()
+    ):
+        return "FSDP gathers weights on all ranks together, and ranks would compute different examples"
+    if torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
+        return "DataParallel copies the model for each batch. Launch one process for each GPU"
+    config = getattr(model, "config", None)
+    if getattr(config, "apply_spec_augment", False) and any(getattr(config, name, 0) for name in AUGMENTS):
+        return "SpecAugment changes the inputs at random. Set config.apply_spec_augment = False"
+    return ""
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Run forwards that leave no trace in the buffers (running statistics, counters)."""
+    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
+def gradient_source(hidden: torch.Tensor, model: nn.Module) -> str:
+    """Return why a gradient flows below the boundary, or an empty string."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    waiting, seen = [hidden.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = names.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            return f"{name} is trainable and runs below the frozen blocks"
+        waiting += [following for following, _ in node.next_functions]
+    return ""
+
+
+def detached(output: Any) -> Any:
+    """Return the tensors of an output without their graph, so that it can be freed."""
+    if isinstance(output, torch.Tensor):
+        return output.detach()
+    if isinstance(output, Mapping):
+        return {key: detached(value) for key, value in output.items()}
+    if isinstance(output, (list, tuple)):
+        return [detached(value) for value in output]
+    return None
+
+
+def same_outputs(one: Any, other: Any, batch: Batch) -> bool:
+    """Whether two outputs hold the same bits, but for what lies in the padding."""
+    if isinstance(one, torch.Tensor):
+        if not isinstance(other, torch.Tensor) or one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        equal = (one == other) | ((one != one) & (other != other))
+        if batch.padded and one.shape[:2] == (batch.size, batch.tokens):
+            places = torch.arange(batch.tokens, device=one.device)
+            lengths = torch.tensor(batch.lengths, device=one.device)
+            equal = equal[places < lengths[:, None]]
+        return bool(equal.all())
+    if isinstance(one, Mapping):
+        return list(one) == list(other) and all(same_outputs(one[key], other[key], batch) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_outputs, one, other, [batch] * len(one)))
+    return True  # None, numbers, and objects such as a key–value cache, of which training makes no use

@@ -1,0 +1,175 @@
+"""Keys of the cache: 128 bits of each example's inputs, hashed on their device, and fingerprints of weights."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Batch", "Unkeyed", "fingerprint", "read_batch", "take"]
+
+# Arguments that do not change what the prefix computes. What asks for more outputs is told apart before.
+IGNORED = frozenset({"labels", "num_items_in_batch", "return_dict", "return_loss", "use_cache"})
+ASKS_FOR_MORE = ("output_hidden_states", "output_attentions")
+ALONG_TOKENS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox"})
+CHUNK = 1 << 20  # words of a weight hashed at a time
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+FACTOR, SECOND = -7046029254386353131, -4417276706812531889  # odd, from splitmix64
+MIXERS = ((30, -4658895280553007687), (27, -7723592293110705685))
+
+
+class Unkeyed(Exception):
+    """A call that cannot have keys; the text says why, and is empty where that is usual (generation)."""
+
+
+@dataclass
+class Batch:
+    """The inputs of one call, and for each example its key and the number of its tokens without padding.
+
+    Args:
+        inputs: Arguments by name.
+        size: Number of examples.
+        keys: 16 bytes of content for each example.
+        lengths: Tokens that count for each example; all of them where nothing is known of padding.
+        tokens: Length of the padded batch, or 0 where the call has no mask of that form.
+        salt: What else the activations depend on, as text.
+    """
+
+    inputs: dict[str, Any]
+    size: int
+    keys: list[bytes]
+    lengths: list[int]
+    tokens: int
+    salt: str
+
+    @property
+    def padded(self) -> bool:
+        """Whether an example is shorter than the batch, and its padding is not part of its key."""
+        return bool(self.tokens) and min(self.lengths) < self.tokens
+
+
+def read_batch(inputs: dict[str, Any], ragged: bool) -> Batch:
+    """Compute the keys of a call on the device of its inputs; one copy to the host for the whole batch.
+
+    Args:
+        inputs: Arguments of the forward by name.
+        ragged: Whether an example padded on the right has the same key in batches of every length.
+
+    Raises:
+        Unkeyed: An argument is of a kind that has no content to hash, or asks for more than the last output.
+    """
+    tensors, plain = _sorted_out(inputs)
+    main = next((tensor for tensor in tensors.values() if tensor.dim() > 1), None)
+    if main is None:
+        raise Unkeyed("no input is a batch of examples")
+    size, device = main.shape[0], main.device
+    mask = tensors.get("attention_mask")
+    tokens = mask.shape[1] if mask is not None and mask.dim() == 2 and mask.shape[0] == size else 0
+    lengths = torch.full((size,), tokens, device=device)
+    kept: torch.Tensor | None = None
+    if mask is not None and tokens and ragged:
+        lengths, kept = _lengths(mask)
+    state = torch.stack((_mix(lengths), _mix(lengths + FACTOR)), dim=1)
+    described = [*plain]
+    for name, tensor in tensors.items():
+        along = bool(tokens) and name in ALONG_TOKENS and tensor.dim() > 1 and tensor.shape[1] == tokens
+        rows = tensor if tensor.dim() and tensor.shape[0] in (1, size) else tensor.reshape(1, -1)
+        state = _mix(state * FACTOR + _hash_rows(_words(rows), kept if along else None))
+        described.append(f"{name}:{tensor.dtype}:{tuple(tensor.shape[2 if along else 1 :])}")
+    table = torch.cat((state, lengths[:, None]), dim=1).cpu().numpy()
+    keys = [row[:2].tobytes() for row in table]
+    return Batch(inputs, size, keys, table[:, 2].tolist(), tokens, " ".join(described))
+
+
+def take(batch: Batch, rows: list[int]) -> dict[str, Any]:
+    """Return the arguments for some examples of a batch."""
+    if len(rows) == batch.size:
+        return batch.inputs
+    return {
+        name: value[rows] if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch.size else value
+        for name, value in batch.inputs.items()
+    }
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:
+    """Return 16 bytes of the names, types, shapes and values of some tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            words = _words(tensor.detach().reshape(1, -1))
+            sums = torch.cat([_hash_rows(chunk) for chunk in torch.split(words, CHUNK, dim=1)])
+            digest.update(sums.cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def _sorted_out(inputs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    tensors: dict[str, torch.Tensor] = {}
+    plain = []
+    for name, value in sorted(inputs.items()):
+        if name in ASKS_FOR_MORE and value:
+            raise Unkeyed(f"{name}=True asks for what the frozen blocks compute inside")
+        if value is None or name in IGNORED or (isinstance(value, (list, tuple)) and not any(map(_given, value))):
+            continue
+        if isinstance(value, torch.Tensor):
+            if value.requires_grad:
+                raise Unkeyed(f"a gradient flows into {name} (prompt tuning?), and so through the frozen blocks")
+            tensors[name] = value
+        elif isinstance(value, (bool, int, float, str)):
+            plain.append(f"{name}={value!r}")
+        else:
+            usual = name == "past_key_values"
+            raise Unkeyed("" if usual else f"the argument {name} is a {type(value).__name__}")
+    return tensors, plain
+
+
+def _given(value: Any) -> bool:
+    return value is not None
+
+
+def _lengths(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens up to the padding on the right, and which positions they are; a row padded otherwise is kept whole."""
+    places = torch.arange(mask.shape[1], device=mask.device)
+    count = (mask != 0).sum(dim=1)
+    right = ((mask != 0) == (places < count[:, None])).all(dim=1) & (count > 0)
+    lengths = torch.where(right, count, mask.shape[1])
+    return lengths, places < lengths[:, None]
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of each row as int64, two or more values to a word where that comes out even."""
+    rows = tensor.reshape(tensor.shape[0], -1)
+    if rows.dtype in (torch.int64, torch.bool, torch.uint8, torch.int32, torch.int16, torch.int8):
+        return rows.to(torch.int64)
+    rows = rows.contiguous()
+    packed = 8 // rows.element_size()
+    if rows.shape[1] % packed == 0 and rows.storage_offset() % packed == 0:
+        return rows.view(torch.int64)
+    return rows.view(WORDS[rows.element_size()]).to(torch.int64)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64; int64 products wrap around, on every device alike."""
+    for shift, factor in MIXERS:
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+@functools.lru_cache(maxsize=32)
+def _pads(count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A fixed random word and a fixed odd factor for each position."""
+    places = torch.arange(count, device=device)
+    return _mix(places * FACTOR + SECOND), _mix(places * SECOND + FACTOR) | 1
+
+
+def _hash_rows(words: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+    """Two sums of mixed words for each row; integer sums do not depend on the order of addition."""
+    secret, factors = _pads(words.shape[1], words.device)
+    mixed = _mix(words ^ secret)
+    if kept is not None:
+        mixed = mixed * kept.repeat_interleave(words.shape[1] // kept.shape[1], dim=1)
+    return torch.stack((mixed.sum(dim=1), (mixed * factors).sum(dim=1)), dim=1)

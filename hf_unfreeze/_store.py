@@ -1,0 +1,176 @@
+"""Where the cache keeps activations: in memory under a limit of bytes, or in an lmdb file that runs share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import warnings
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .errors import UnfreezeError
+
+__all__ = ["DiskStore", "MemoryStore", "Store", "free_memory"]
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HEADER = struct.Struct("<BBHI")  # version, dtype, dimensions, checksum of the bytes that follow the shape
+VERSION = 1
+INSTALL = "cache='disk' needs lmdb. Run: pip install 'hf-unfreeze[cache]'"
+SLACK = 1 << 20  # lmdb needs a few pages of its own
+_OPEN: dict[Path, Any] = {}  # lmdb must not open one file twice in a process
+
+
+class Store(Protocol):
+    """Keeps the activation of one example under a key."""
+
+    def get(self, keys: Sequence[bytes]) -> list[torch.Tensor | None]:
+        """Return what is stored under each key, or None."""
+
+    def put(self, items: Iterable[tuple[bytes, torch.Tensor]]) -> None:
+        """Keep these, as far as there is room."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use."""
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that are free, by the operating system; 8 GiB where it does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 8 << 30
+
+
+class MemoryStore:
+    """Keeps the most recently used activations, up to ``max_bytes``."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._rows: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use."""
+        return self._nbytes
+
+    def get(self, keys: Sequence[bytes]) -> list[torch.Tensor | None]:
+        """Return what is stored under each key, or None."""
+        found = [self._rows.get(key) for key in keys]
+        for key, row in zip(keys, found, strict=True):
+            if row is not None:
+                self._rows.move_to_end(key)
+        return found
+
+    def put(self, items: Iterable[tuple[bytes, torch.Tensor]]) -> None:
+        """Keep these; the least recently used go."""
+        for key, row in items:
+            if row.nbytes > self.max_bytes:
+                continue
+            old = self._rows.pop(key, None)
+            self._nbytes += row.nbytes - (old.nbytes if old is not None else 0)
+            self._rows[key] = row
+        while self._nbytes > self.max_bytes:
+            self._nbytes -= self._rows.popitem(last=False)[1].nbytes
+
+
+class DiskStore:
+    """Keeps activations in an lmdb file: several processes may use it, and one that is killed does no harm.
+
+    A full disk or a full file only ends the writing; a file that cannot be read is begun again.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int | None = None) -> None:
+        try:
+            import lmdb
+        except ImportError:
+            raise UnfreezeError(INSTALL) from None
+        self._error: type[Exception] = lmdb.Error
+        self.folder = Path(folder).expanduser().resolve() / f"v{VERSION}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._writes = True
+        if self.folder not in _OPEN:
+            _OPEN[self.folder] = self._open(lmdb, max_bytes)
+        self._env = _OPEN[self.folder]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use."""
+        return int((self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"])
+
+    def get(self, keys: Sequence[bytes]) -> list[torch.Tensor | None]:
+        """Return what is stored under each key, or None; also None where the bytes do not match their checksum."""
+        try:
+            with self._env.begin(buffers=True) as transaction:
+                return [_unpack(transaction.get(key)) for key in keys]
+        except self._error as error:
+            self._stop(error)
+            return [None] * len(keys)
+
+    def put(self, items: Iterable[tuple[bytes, torch.Tensor]]) -> None:
+        """Keep these, until the file or the disk is full."""
+        if not self._writes:
+            return
+        try:
+            with self._env.begin(write=True) as transaction:
+                for key, row in items:
+                    transaction.put(key, _pack(row))
+        except self._error as error:
+            self._stop(error)
+
+    def _stop(self, error: Exception) -> None:
+        if self._writes:
+            self._writes = False
+            warnings.warn(
+                f"the frozen-prefix cache writes no more to {self.folder} ({error}); training goes on. "
+                "Give it more room with FrozenPrefixCache('disk', max_bytes=…), or delete the folder.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _open(self, lmdb: Any, max_bytes: int | None) -> Any:
+        path = self.folder / "data.mdb"
+        for attempt in (1, 2):
+            size = path.stat().st_size if path.exists() else 0
+            room = max_bytes or shutil.disk_usage(self.folder).free // 2 + size
+            options = {"map_size": max(room, size) + SLACK, "sync": False, "metasync": False, "readahead": False}
+            try:
+                env = lmdb.open(str(self.folder), max_readers=512, **options)
+                if (env.info()["last_pgno"] + 1) * env.stat()["psize"] <= path.stat().st_size:
+                    return env
+                env.close()  # cut short: to read beyond its end would kill the process
+            except lmdb.Error:
+                if attempt == 2:
+                    raise
+            warnings.warn(f"{path} cannot be read; the cache is begun again", UserWarning, stacklevel=2)
+            for name in ("data.mdb", "lock.mdb"):
+                (self.folder / name).unlink(missing_ok=True)
+        raise UnfreezeError(f"{self.folder} cannot hold a cache. Give another folder: cache='disk:FOLDER'.")
+
+
+def _pack(row: torch.Tensor) -> bytes:
+    payload = row.contiguous().view(torch.uint8).numpy().tobytes()
+    shape = struct.pack(f"<{row.dim()}I", *row.shape)
+    return HEADER.pack(VERSION, DTYPES.index(row.dtype), row.dim(), zlib.crc32(payload)) + shape + payload
+
+
+def _unpack(value: Any) -> torch.Tensor | None:
+    if value is None or len(value) < HEADER.size:
+        return None
+    version, dtype, dimensions, checksum = HEADER.unpack_from(value)
+    start = HEADER.size + 4 * dimensions
+    payload = bytearray(value[start:])
+    if version != VERSION or zlib.crc32(payload) != checksum:
+        return None
+    shape = struct.unpack_from(f"<{dimensions}I", value, HEADER.size)
+    return torch.frombuffer(payload, dtype=DTYPES[dtype]).reshape(shape)

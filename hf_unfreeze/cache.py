@@ -1,0 +1,106 @@
+"""The frozen-prefix cache: an example goes through the frozen blocks once in a run, not once in an epoch.
+
+What a frozen block computes for an example never changes. While a stack is frozen up to a boundary, the input of the
+first trainable block is looked up by the content of the example, and the stem and the blocks below are passed over;
+what is missing is computed for those examples alone, from the highest boundary that is stored. In the first forward
+at a boundary the model is run with and without, from one state of the random generators: unless both give the same
+bits, the cache switches itself off and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ._caching import Caching
+from ._store import DiskStore, MemoryStore, Store, free_memory
+from .errors import UnfreezeError, near_match
+from .freezing import Follower
+from .schedule import Phase
+
+__all__ = ["CacheStats", "FrozenPrefixCache"]
+
+FOLDER = "~/.cache/hf_unfreeze"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class CacheStats:
+    """Examples looked up so far: found, and computed."""
+
+    hits: int = 0
+    misses: int = 0
+
+
+class FrozenPrefixCache:
+    """Activations of the frozen prefix, kept for the whole run and for other runs with the same frozen weights.
+
+    Example:
+        >>> UnfreezeCallback("gradual(every=1ep)", cache="memory")
+        >>> UnfreezeCallback("gradual(every=1ep)", cache=FrozenPrefixCache("disk", folder="runs/cache"))
+
+    Args:
+        store: ``"memory"`` (goes with the process), or ``"disk"`` (an lmdb file that runs and ranks share).
+        max_bytes: Most bytes to keep; by default a quarter of the free memory, or half of the free disk.
+        dtype: ``"bfloat16"`` or ``"float16"`` halve the bytes, and the results are then no longer exact.
+        folder: Folder of the disk store, by default ``~/.cache/hf_unfreeze``.
+
+    Raises:
+        UnfreezeError: An argument is not one of those, or lmdb is not installed.
+    """
+
+    def __init__(
+        self,
+        store: str = "memory",
+        *,
+        max_bytes: int | None = None,
+        dtype: str | None = None,
+        folder: str | Path | None = None,
+    ) -> None:
+        if store not in ("memory", "disk"):
+            raise UnfreezeError(
+                f"cache={store!r}: a cache is 'memory', 'disk', 'disk:FOLDER' or a FrozenPrefixCache."
+                + near_match(store, ["memory", "disk"])
+            )
+        if max_bytes is not None and max_bytes <= 0:
+            raise UnfreezeError(f"max_bytes={max_bytes}: write a number of bytes above 0, for instance 4 * 2**30.")
+        if dtype is not None and dtype not in DTYPES:
+            raise UnfreezeError(f"dtype={dtype!r}: write {', '.join(DTYPES)} or None." + near_match(dtype, DTYPES))
+        if folder is not None and store != "disk":
+            raise UnfreezeError("folder is for the disk store. Write FrozenPrefixCache('disk', folder=…).")
+        self.dtype = None if dtype is None else DTYPES[dtype]
+        self.stats = CacheStats()
+        self.store: Store = (
+            MemoryStore(max_bytes or free_memory() // 4)
+            if store == "memory"
+            else DiskStore(folder or FOLDER, max_bytes)
+        )
+
+    @classmethod
+    def parse(cls, cache: str | FrozenPrefixCache) -> FrozenPrefixCache:
+        """Make the cache that ``"memory"``, ``"disk"`` or ``"disk:FOLDER"`` names; a cache is returned as it is.
+
+        Example:
+            >>> FrozenPrefixCache.parse("disk:runs/cache").store.folder.parent.name
+            'cache'
+        """
+        if isinstance(cache, FrozenPrefixCache):
+            return cache
+        if not isinstance(cache, str):
+            raise UnfreezeError(f"cache={cache!r}: a cache is 'memory', 'disk', 'disk:FOLDER' or a FrozenPrefixCache.")
+        store, _, folder = cache.partition(":")
+        return cls(store, folder=folder or None)
+
+    def follow(self, model: nn.Module, upcoming: Callable[[], Sequence[Phase]]) -> Follower:
+        """Cache for a model from now on; used by ``Unfreezer``.
+
+        Args:
+            model: The model, without wrappers.
+            upcoming: Returns the present and the later phases: what they will need is kept in passing.
+        """
+        self.active = Caching(self.store, self.stats, self.dtype, model, upcoming)
+        return self.active

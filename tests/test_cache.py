@@ -1,0 +1,309 @@
+"""The frozen-prefix cache: the same bits as without it, each example once through each frozen block, or off."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from conftest import BLOCKS, EXAMPLES, hashes, tiny_bert, tiny_data
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForTokenClassification,
+    BertConfig,
+    BertForSequenceClassification,
+)
+
+from hf_unfreeze import FrozenPrefixCache, UnfreezeCallback, Unfreezer
+
+pytestmark = pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")
+DOWN = "head@0, block[-1]@1ep, block[-2:]@2ep"
+UP_AND_DOWN = "head@0, block[-2:]@1ep, -block[-2]@2ep, block[-2:]@3ep"
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+
+
+def count_rows(model: nn.Module) -> Counter:
+    """Examples that go through each block from now on."""
+    counts: Counter = Counter()
+    for index, block in enumerate(model.bert.encoder.layer):
+        block.intermediate.register_forward_hook(
+            lambda module, args, output, index=index: counts.update({index: len(args[0])})
+        )
+    return counts
+
+
+def ragged_data(dtype=None) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for _ in range(EXAMPLES):
+        length = int(torch.randint(3, 12, (1,), generator=generator))
+        ids = torch.randint(3, 50, (length,), generator=generator)
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": int(ids[0]) % 3})
+    return rows
+
+
+def pad(rows: list[dict], left: bool = False) -> dict:
+    length = max(len(row["input_ids"]) for row in rows)
+    batch = {}
+    for name in ("input_ids", "attention_mask"):
+        gaps = [(length - len(row[name]), 0) if left else (0, length - len(row[name])) for row in rows]
+        batch[name] = torch.stack([nn.functional.pad(row[name], gap) for row, gap in zip(rows, gaps, strict=True)])
+    batch["labels"] = torch.tensor([row["labels"] for row in rows])
+    return batch
+
+
+def losses(trainer) -> list[float]:
+    history = trainer.state.log_history
+    return [entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry]
+
+
+def both(make_trainer, schedule, model=tiny_bert, data=None, collator=None, cache=None, **arguments):
+    """Train without and with a cache; return the two Trainers and the cache."""
+    trainers = []
+    cache = cache or FrozenPrefixCache()
+    for used in (None, cache):
+        trainer = make_trainer(UnfreezeCallback(schedule, cache=used), model=model(), **arguments)
+        trainer.train_dataset = data or trainer.train_dataset
+        trainer.data_collator = collator or trainer.data_collator
+        trainer.train()
+        trainers.append(trainer)
+    return *trainers, cache
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"eval_strategy": "epoch", "num_train_epochs": 4},
+        {"gradient_accumulation_steps": 3},
+        {"per_device_train_batch_size": 5, "dataloader_num_workers": 1},
+    ],
+    ids=["eval", "accumulation", "partial batch, worker"],
+)
+def test_bits_are_those_of_a_run_without_it(make_trainer, arguments):
+    plain, cached, cache = both(make_trainer, DOWN, **arguments)
+    assert hashes(plain.model) == hashes(cached.model)
+    assert losses(plain) == losses(cached)
+    evaluated = EXAMPLES if "eval_strategy" in arguments else 0
+    assert cache.stats.misses == EXAMPLES + evaluated
+    assert cache.stats.hits == (cached.args.num_train_epochs - 1) * cache.stats.misses
+    assert cache.active.off == ""
+
+
+def test_an_example_goes_once_through_each_frozen_block(make_trainer):
+    trainer = make_trainer(UnfreezeCallback(DOWN, cache="memory"), eval_strategy="epoch", num_train_epochs=4)
+    counts = count_rows(trainer.model)
+    trainer.train()
+    both_sets = 2 * EXAMPLES
+    assert counts == {0: both_sets, 1: both_sets, 2: (1 + 2) * both_sets, 3: (1 + 3) * both_sets}
+
+
+def test_boundary_moves_up_and_down(make_trainer):
+    counts = []
+
+    def model():
+        made = tiny_bert()
+        counts.append(count_rows(made))
+        return made
+
+    plain, cached, _ = both(make_trainer, UP_AND_DOWN, model=model, num_train_epochs=5)
+    assert hashes(plain.model) == hashes(cached.model)
+    # block 2: once frozen, once trained in epoch 1, once frozen again with new weights, trained in epochs 3 and 4
+    assert counts[1] == {0: EXAMPLES, 1: EXAMPLES, 2: 5 * EXAMPLES, 3: 5 * EXAMPLES}
+
+
+def test_resumed_run_ends_in_the_same_bits(make_trainer, tmp_path):
+    whole = make_trainer(UnfreezeCallback(DOWN, cache="memory"), save_strategy="steps", save_steps=1)
+    whole.train()
+    for step in (3, 9, 15):
+        again = make_trainer(UnfreezeCallback(DOWN, cache="memory"), output_dir=str(tmp_path / f"again{step}"))
+        again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+        assert hashes(again.model) == hashes(whole.model), f"resumed at step {step}"
+
+
+def test_padding_to_different_lengths(make_trainer):
+    """The activation of an example is the same in batches of every length, but for rounding: 1e-10 in fp64."""
+    arguments = {"data": ragged_data(), "collator": pad, "num_train_epochs": 4, **SGD}
+    plain, cached, cache = both(make_trainer, DOWN, model=lambda: tiny_bert().double(), **arguments)
+    for one, other in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert (cache.stats.hits, cache.stats.misses) == (3 * EXAMPLES, EXAMPLES)
+
+
+def test_padding_on_the_left_belongs_to_the_key(make_trainer):
+    arguments = {"data": ragged_data(), "collator": lambda rows: pad(rows, left=True), **SGD}
+    plain, cached, cache = both(make_trainer, DOWN, model=lambda: tiny_bert().double(), **arguments)
+    for one, other in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert cache.stats.misses > EXAMPLES
+
+
+class ReadsPadding(BertForSequenceClassification):
+    """Its head takes the mean over all positions, padding as well."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = self.classifier(hidden.mean(dim=1))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_head_that_reads_padding_gets_it(make_trainer):
+    def model():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+        return ReadsPadding(BertConfig(vocab_size=50, num_labels=3, **sizes))
+
+    plain, cached, cache = both(make_trainer, "head@0", model=model, data=ragged_data(), collator=pad, **SGD)
+    assert losses(plain) == pytest.approx(losses(cached), rel=1e-6)
+    assert cache.stats.hits + cache.stats.misses == 3 * EXAMPLES
+    assert cache.stats.misses > EXAMPLES  # keys with the padded length
+
+
+def test_augmented_examples_only_miss(make_trainer):
+    class Augmented(torch.utils.data.Dataset):
+        def __len__(self):
+            return EXAMPLES
+
+        def __getitem__(self, index):
+            ids = torch.randint(1, 50, (8,))  # the Trainer's seed makes both runs draw the same
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": index % 3}
+
+    plain, cached, cache = both(make_trainer, DOWN, data=Augmented())
+    assert hashes(plain.model) == hashes(cached.model)
+    assert (cache.stats.hits, cache.stats.misses) == (0, 3 * EXAMPLES)
+
+
+def by_hand(model, cache, schedule="head@0"):
+    unfreezer = Unfreezer(model, torch.optim.SGD(model.parameters(), lr=0.1), schedule, cache=cache)
+    unfreezer.step(0)
+    model.train()
+    return unfreezer
+
+
+def batch_of(*indices) -> dict:
+    rows = [tiny_data()[index] for index in indices]
+    return {
+        "input_ids": torch.stack([r["input_ids"] for r in rows]),
+        "labels": torch.tensor([r["labels"] for r in rows]),
+    }
+
+
+def test_hits_and_misses_in_one_batch():
+    model, cache = tiny_bert().double(), FrozenPrefixCache()
+    unfreezer = by_hand(model, cache)
+    counts = count_rows(model)
+    for indices, computed in (((0, 1, 2), 3), ((2, 3, 0, 4), 2), ((4, 4), 0), ((5,), 1)):
+        counts.clear()
+        torch.manual_seed(7)
+        logits = model(**batch_of(*indices)).logits
+        assert counts == (dict.fromkeys(range(BLOCKS), computed) if computed else {})
+        twin = tiny_bert().double()
+        twin.bert.embeddings.eval(), twin.bert.encoder.eval()
+        torch.manual_seed(7)
+        torch.testing.assert_close(logits, twin(**batch_of(*indices)).logits, rtol=0, atol=1e-12)
+    unfreezer.close()
+
+
+def test_closing_restores_the_model_and_copies_are_free_of_the_cache():
+    model, cache = tiny_bert(), FrozenPrefixCache()
+    before = hashes(model)
+    unfreezer = by_hand(model, cache)
+    model(**batch_of(0, 1))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not any("forward" in vars(module) and "Shadow" in repr(module.forward) for module in twin.modules())
+        with torch.no_grad():
+            twin.bert.encoder.layer[0].output.dense.weight.add_(1.0)
+        assert not torch.equal(twin.eval()(**batch_of(0, 1)).logits, model.eval()(**batch_of(0, 1)).logits)
+    unfreezer.close()
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert hashes(model) == before
+
+
+def test_new_frozen_weights_are_never_served_old_activations():
+    model = tiny_bert().eval()
+    unfreezer = by_hand(model, "memory")
+    model.eval()
+    model(**batch_of(0, 1))
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight.add_(0.5)
+    cached = model(**batch_of(0, 1)).logits
+    unfreezer.close()
+    assert torch.equal(cached, model.eval()(**batch_of(0, 1)).logits)
+
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3}
+PICTURE = {"image_size": 8, "patch_size": 4, "num_labels": 3}
+SPEECH = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "num_mel_bins": 8,
+          "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 50,
+          "max_source_positions": 20, "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1,
+          "eos_token_id": 2, "decoder_start_token_id": 1}  # fmt: skip
+TEXT = {"vocab_size": 50, "num_labels": 3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FAMILIES = {
+    "roberta": (AutoModelForTokenClassification, SIZES | TEXT | {"num_labels": 50}, DOWN),
+    "distilbert": (AutoModelForSequenceClassification,
+                   TEXT | {"dim": 16, "hidden_dim": 32, "n_heads": 2, "n_layers": 3}, DOWN),
+    "gpt2": (AutoModelForSequenceClassification,
+             TEXT | {"n_embd": 16, "n_head": 2, "n_layer": 3, "embd_pdrop": 0.0}, DOWN),
+    "llama": (AutoModelForCausalLM, SIZES | TEXT | {"num_key_value_heads": 1, "tie_word_embeddings": True}, DOWN),
+    "vit": (AutoModelForImageClassification, SIZES | PICTURE, DOWN),
+    "whisper": (AutoModelForSpeechSeq2Seq, SPEECH,
+                "decoder.block[-1]@0, head@0, encoder.block[-1]@1ep, -encoder.block[-1]@2ep"),
+    "t5": (AutoModelForSeq2SeqLM, TEXT | {"d_model": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2, "d_kv": 8,
+                                          "dropout_rate": 0.0, "decoder_start_token_id": 0},
+           "decoder.block[-1]@0, head@0, decoder.block[-2:]@1ep"),
+}  # fmt: skip
+
+
+def family_data(name: str) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    if name == "vit":
+        return [
+            {"pixel_values": torch.randn(3, 8, 8, generator=generator).double(), "labels": i % 3} for i in range(12)
+        ]
+    if name == "whisper":
+        sound = [torch.randn(8, 40, generator=generator).double() for _ in range(12)]
+        return [{"input_features": x, "labels": torch.arange(3, 7 + i % 3)} for i, x in enumerate(sound)]
+    return ragged_data()[:12]
+
+
+def family_batch(name: str):
+    def collate(rows: list[dict]) -> dict:
+        if name == "vit":
+            pictures = torch.stack([row["pixel_values"] for row in rows])
+            return {"pixel_values": pictures, "labels": torch.tensor([row["labels"] for row in rows])}
+        if name == "whisper":
+            labels = [nn.functional.pad(row["labels"], (0, 6 - len(row["labels"])), value=-100) for row in rows]
+            return {
+                "input_features": torch.stack([row["input_features"] for row in rows]),
+                "labels": torch.stack(labels),
+            }
+        batch = pad(rows)
+        if name in ("roberta", "llama", "t5"):
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return batch
+
+    return collate
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(make_trainer, name):
+    auto, config, schedule = FAMILIES[name]
+
+    def model():
+        torch.manual_seed(0)
+        return auto.from_config(AutoConfig.for_model(name, **config)).double()
+
+    data = {"data": family_data(name), "collator": family_batch(name)}
+    plain, cached, cache = both(make_trainer, schedule, model=model, **data, **SGD)
+    for (name_of, one), other in zip(plain.model.named_parameters(), cached.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10, msg=name_of)
+    again = 12 if name == "whisper" else 0  # the encoder block that trained in epoch 1 has new weights
+    assert (cache.stats.hits, cache.stats.misses) == (24 - again, 12 + again)
+    assert cache.active.off == ""

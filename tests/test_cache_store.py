@@ -1,0 +1,214 @@
+"""Keys and stores of the frozen-prefix cache, and the arguments that choose them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import EXAMPLES, hashes, tiny_bert
+from test_cache import DOWN, batch_of, both, by_hand
+from transformers import HfArgumentParser
+
+from hf_unfreeze import FrozenPrefixCache, UnfreezeArguments, UnfreezeCallback, UnfreezeError
+from hf_unfreeze import _activations as activations_module
+from hf_unfreeze._keys import Unkeyed, fingerprint, read_batch
+from hf_unfreeze._store import DiskStore, MemoryStore
+
+pytestmark = pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")
+IDS = torch.arange(3, 27).reshape(3, 8)
+MASK = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] * 2 + [0] * 6])
+
+
+def keys(ragged=True, **inputs):
+    return read_batch({"input_ids": IDS, "attention_mask": MASK} | inputs, ragged).keys
+
+
+def test_keys_depend_on_content_and_not_on_batch_or_padding():
+    longer = {
+        "input_ids": torch.nn.functional.pad(IDS, (0, 4)),
+        "attention_mask": torch.nn.functional.pad(MASK, (0, 4)),
+    }
+    assert keys(**longer)[1:] == keys()[1:]
+    other_padding = IDS.clone()
+    other_padding[1, 6] = 49
+    assert keys(input_ids=other_padding) == keys()
+    assert keys(input_ids=IDS.flip(0), attention_mask=MASK.flip(0)) == keys()[::-1]
+    assert keys(labels=torch.tensor([1, 2, 3]), num_items_in_batch=torch.tensor(3)) == keys()
+
+
+def test_keys_differ_with_all_that_counts():
+    seen = {*keys()}
+    for change in (
+        {"input_ids": IDS + 1},
+        {"input_ids": IDS.flip(1)},
+        {"attention_mask": torch.ones_like(MASK)},
+        {"token_type_ids": torch.ones_like(IDS)},
+        {"position_ids": torch.arange(8)[None] + 1},
+    ):
+        changed = keys(**change)
+        kept = 1 if "attention_mask" in change else 0  # the first example has no padding
+        assert len(set(changed) - seen) == 3 - kept, change
+    assert len({*keys(), *keys(ragged=False)}) == 5  # padding is part of the key but for the first example
+    assert read_batch({"input_ids": IDS, "flag": True}, True).salt != read_batch({"input_ids": IDS}, True).salt
+
+
+def test_many_keys_of_similar_inputs_do_not_collide():
+    ids = torch.arange(100_000).reshape(-1, 1) % torch.tensor([[7, 10, 1000, 100_000]])
+    assert len(set(read_batch({"input_ids": ids}, True).keys)) == 100_000
+    pictures = torch.zeros(64, 64)
+    pictures.fill_diagonal_(1e-30)
+    assert len(set(read_batch({"pixel_values": pictures}, True).keys)) == 64
+
+
+def test_inputs_without_content_have_no_key():
+    with pytest.raises(Unkeyed, match="the argument extra is a object"):
+        keys(extra=object())
+    with pytest.raises(Unkeyed, match="a gradient flows into inputs_embeds"):
+        keys(inputs_embeds=torch.zeros(3, 8, 4, requires_grad=True))
+
+
+def test_fingerprint_sees_one_bit_anywhere():
+    weight = torch.zeros(3_000_001)
+    before = fingerprint([("weight", weight)])
+    weight[-1] = 1e-38
+    assert fingerprint([("weight", weight)]) != before
+    assert fingerprint([("other", torch.zeros(3_000_001))]) != before
+
+
+def test_memory_keeps_what_was_used_last_within_its_limit():
+    store = MemoryStore(3 * 40)
+    rows = {bytes([i]): torch.full((10,), float(i)) for i in range(4)}
+    store.put(list(rows.items())[:3])
+    store.get([b"\x00"])
+    store.put([(b"\x03", rows[b"\x03"])])
+    assert [row is not None for row in store.get(list(rows))] == [True, False, True, True]
+    assert store.nbytes == 120
+    store.put([(b"big", torch.zeros(1000))])
+    assert store.nbytes == 120
+
+
+def test_a_cache_too_small_for_the_data_computes_again(make_trainer):
+    cache = FrozenPrefixCache(max_bytes=10 * 8 * 16 * 4)
+    plain, cached, _ = both(make_trainer, DOWN, cache=cache)
+    assert hashes(plain.model) == hashes(cached.model)
+    assert cache.stats.misses > EXAMPLES
+    assert cache.store.nbytes <= cache.store.max_bytes
+
+
+def test_half_precision_is_near_and_half_the_size(make_trainer):
+    plain, cached, cache = both(make_trainer, "head@0", cache=FrozenPrefixCache(dtype="bfloat16"))
+    assert cache.store.nbytes == EXAMPLES * 8 * 16 * 2
+    one, other = ([r["loss"] for r in t.state.log_history if "loss" in r] for t in (plain, cached))
+    assert one != other and one == pytest.approx(other, rel=0.05)
+
+
+def test_a_wrong_activation_is_found(monkeypatch):
+    monkeypatch.setattr(activations_module, "CHECK_EVERY", 4)
+    model, cache = tiny_bert(), FrozenPrefixCache()
+    unfreezer = by_hand(model, cache)
+    model(**batch_of(0, 1))
+    model(**batch_of(0, 1))
+    for row in cache.store._rows.values():
+        row[0, 0] += 1
+    with pytest.raises(UnfreezeError, match="is off by 1 when it is computed again"):
+        for _ in range(4):
+            model(**batch_of(0, 1))
+    unfreezer.close()
+
+
+def disk(tmp_path, **options):
+    pytest.importorskip("lmdb")
+    return FrozenPrefixCache("disk", folder=tmp_path / "cache", **options)
+
+
+def test_runs_share_the_disk(make_trainer, tmp_path):
+    first = disk(tmp_path)
+    plain, cached, _ = both(make_trainer, DOWN, cache=first)
+    assert hashes(plain.model) == hashes(cached.model)
+    second = disk(tmp_path)
+    again = make_trainer(UnfreezeCallback(DOWN, cache=second))
+    again.train()
+    assert hashes(again.model) == hashes(plain.model)
+    assert second.stats.misses == 4  # the batch of the first check
+    other = disk(tmp_path)
+    make_trainer(UnfreezeCallback("head@0", cache=other), model=tiny_bert(seed=1), num_train_epochs=1).train()
+    assert other.stats.misses == EXAMPLES
+
+
+ROW = [(b"k" * 32, torch.arange(12.0).reshape(3, 4))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_disk_gives_back_the_bits(tmp_path, dtype):
+    pytest.importorskip("lmdb")
+    store = DiskStore(tmp_path, 1 << 24)
+    store.put([(key, row.to(dtype)) for key, row in ROW])
+    (row,) = store.get([ROW[0][0]])
+    assert row.dtype == dtype and torch.equal(row, ROW[0][1].to(dtype))
+    assert store.get([b"other"]) == [None]
+
+
+@pytest.mark.parametrize("harm", ["garbage", "cut short"])
+def test_a_damaged_file_is_begun_again(tmp_path, harm):
+    lmdb = pytest.importorskip("lmdb")
+    folder = tmp_path / "v1"
+    folder.mkdir()
+    env = lmdb.open(str(folder), map_size=1 << 24)
+    with env.begin(write=True) as transaction:
+        for i in range(100):
+            transaction.put(bytes([i]) * 16, bytes(5000))
+    env.close()
+    file = folder / "data.mdb"
+    file.write_bytes(b"\x01" * 9000 if harm == "garbage" else file.read_bytes()[:20_000])
+    with pytest.warns(UserWarning, match="begun again"):
+        store = DiskStore(tmp_path, 1 << 24)
+    store.put(ROW)
+    assert torch.equal(store.get([ROW[0][0]])[0], ROW[0][1])
+
+
+def test_a_damaged_row_is_a_miss(tmp_path):
+    pytest.importorskip("lmdb")
+    store = DiskStore(tmp_path, 1 << 24)
+    store.put(ROW)
+    with store._env.begin(write=True) as transaction:
+        value = bytearray(transaction.get(ROW[0][0]))
+        value[-1] ^= 1
+        transaction.put(ROW[0][0], bytes(value))
+    assert store.get([ROW[0][0]]) == [None]
+
+
+def test_a_full_disk_ends_the_writing_and_not_the_run(make_trainer, tmp_path):
+    cache = disk(tmp_path, max_bytes=1)
+    with pytest.warns(UserWarning, match="writes no more to"):
+        cache.store.put((bytes([i]) * 32, torch.zeros(25_000)) for i in range(100))
+    trainer = make_trainer(UnfreezeCallback("head@0", cache=cache), num_train_epochs=1)
+    trainer.train()
+    assert trainer.state.global_step == 7 and cache.stats.misses == EXAMPLES
+
+
+def test_arguments(tmp_path, monkeypatch):
+    parser = HfArgumentParser(UnfreezeArguments)
+    (arguments,) = parser.parse_args_into_dataclasses(["--cache", "memory"])
+    json.dumps(vars(arguments))
+    assert isinstance(UnfreezeCallback.from_arguments(arguments).cache.store, MemoryStore)
+    assert UnfreezeCallback().cache is None
+    cache = FrozenPrefixCache()
+    assert UnfreezeCallback(cache=cache).cache is cache
+    for wrong, message in (
+        ({"cache": "memori"}, "Did you mean 'memory'"),
+        ({"cache": 3}, "a cache is 'memory', 'disk', 'disk:FOLDER'"),
+    ):
+        with pytest.raises(UnfreezeError, match=message):
+            UnfreezeCallback(**wrong)
+    for wrong, message in (
+        ({"dtype": "bfloat61"}, "Did you mean 'bfloat16'"),
+        ({"max_bytes": 0}, "above 0"),
+        ({"folder": "x"}, "folder is for the disk store"),
+    ):
+        with pytest.raises(UnfreezeError, match=message):
+            FrozenPrefixCache(**wrong)
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(UnfreezeError, match=r"pip install 'hf-unfreeze\[cache\]'"):
+        FrozenPrefixCache("disk", folder=tmp_path)
