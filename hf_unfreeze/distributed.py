@@ -157,6 +157,8 @@ class ReducerSync:
         if ddp is not None:
             self._take(ddp)
             self.update()
+        elif dist.get_world_size() > 1 and not any(hasattr(p, "device_mesh") for p in module.parameters()):
+            _warn_alone()
 
     def _take(self, ddp: DistributedDataParallel) -> None:
         refuse_options(ddp)
@@ -172,6 +174,17 @@ class ReducerSync:
         self._rebuilds = can_rebuild()
         if not self._rebuilds:
             _fall_back(ddp)
+
+
+def _warn_alone() -> None:
+    """Tell that the ranks have nothing to do with each other: Accelerate joins processes on CPUs only if it is told."""
+    warnings.warn(
+        f"{dist.get_world_size()} processes, and no DDP or FSDP2 around the model: unless you reduce gradients, "
+        "each trains alone and writes the same files. On CPUs write --use_cpu (Trainer), Accelerator(cpu=True), or "
+        "ACCELERATE_USE_CPU=true before the command.",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _fall_back(ddp: DistributedDataParallel) -> None:

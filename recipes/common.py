@@ -6,6 +6,7 @@ import csv
 import difflib
 import importlib.util
 import json
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+import torch
 import yaml
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 from transformers import HfArgumentParser, Trainer
@@ -77,6 +79,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def run(main: Callable[[], None]) -> None:
     """Run a recipe as a script: a refusal of the library, written for the user, ends it in one line."""
+    if not torch.accelerator.is_available():  # else each of the processes launched on CPUs would run alone
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     try:
         main()
     except UnfreezeError as error:

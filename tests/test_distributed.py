@@ -96,6 +96,11 @@ def test_the_wrapper_is_found_in_the_first_forward(ddp):
     assert result["hooks"] == 0
 
 
+def test_ranks_that_train_alone_are_told_once(ddp):
+    (warning,) = ddp["alone"]["warnings"]
+    assert warning.startswith("2 processes, and no DDP or FSDP2") and "ACCELERATE_USE_CPU=true" in warning
+
+
 @pytest.mark.parametrize("scenario", ["joined", "again"])
 def test_ranks_stay_equal(ddp, scenario):
     assert ddp[scenario]["equal"]

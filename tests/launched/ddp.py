@@ -111,6 +111,16 @@ def found_in_the_forward() -> dict:
     return {"equal": ranks_equal(model), "distance": distance(model, whole), "hooks": len(model._forward_pre_hooks)}
 
 
+def alone() -> dict:
+    """Launched on two processes, and not wrapped."""
+    model = fp64_bert().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, Unfreezer(model, optimizer, SCHEDULE), optimizer, rank)
+    return {"warnings": [str(warning.message) for warning in caught]}
+
+
 def joined() -> dict:
     """Rank 1 has fewer batches; the last phase begins before it runs out."""
     model = fp64_bert().train()
@@ -196,6 +206,7 @@ SCENARIOS = {
     "powersgd_hook": lambda: compare("head@0, all@6step", hook=powerSGD_hook.powerSGD_hook, state=power()),
     "builtin_hook": partial(compare, builtin=dist.BuiltinCommHookType.ALLREDUCE),
     "found_in_the_forward": found_in_the_forward,
+    "alone": alone,
     "joined": joined,
     "frozen_first": frozen_first,
     "again": again,
