@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .freezing import set_trainable, trainable_summary
     from .groups import LayerGroup, layer_groups
     from .optim import param_groups_layer_decay
-    from .schedule import Phase, Schedule, all_at_once, gradual, linear_probe, parse_schedule
+    from .schedule import Phase, Schedule, all_at_once, gradual, linear_probe, parse_schedule, rotate
     from .unfreezer import Unfreezer
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ __all__ = [
     "param_groups_layer_decay",
     "parse_schedule",
     "register_architecture",
+    "rotate",
     "set_trainable",
     "trainable_summary",
 ]
@@ -59,6 +60,7 @@ _HOME = {
     "param_groups_layer_decay": "optim",
     "parse_schedule": "schedule",
     "register_architecture": "architectures",
+    "rotate": "schedule",
     "set_trainable": "freezing",
     "trainable_summary": "freezing",
 }

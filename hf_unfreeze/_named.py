@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 from ._spec import BLOCK, Group, Selector, Time
 from .errors import ScheduleError
 
-__all__ = ["NAMED", "Change", "NamedSchedule", "Value"]
+__all__ = ["NAMED", "Change", "Length", "NamedSchedule", "Value"]
 
-Value = Time | int | bool
+Value = Time | int | bool | str
 Change = tuple[Time, frozenset[str], bool]  # when, which groups, and True where they are frozen again
+Length = tuple[int | None, int | None]  # optimizer updates of the whole run and of one epoch, where known
 
 
-def _gradual_changes(groups: Sequence[Group], arguments: dict[str, Any]) -> list[Change]:
+def _gradual_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
     every, count = arguments["every"], arguments["blocks"]
     if not any(BLOCK.fullmatch(group.name) for group in groups):
         raise ScheduleError(
@@ -44,7 +47,7 @@ def _gradual_changes(groups: Sequence[Group], arguments: dict[str, Any]) -> list
     return [(Time(every.value * n, every.unit), frozenset(names), False) for n, names in enumerate(openings)]
 
 
-def _linear_probe_changes(groups: Sequence[Group], arguments: dict[str, Any]) -> list[Change]:
+def _linear_probe_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
     everything = frozenset(group.name for group in groups)
     return [
         (Time(Fraction(0)), frozenset(Selector("head").select(groups)), False),
@@ -52,20 +55,77 @@ def _linear_probe_changes(groups: Sequence[Group], arguments: dict[str, Any]) ->
     ]
 
 
-def _all_at_once_changes(groups: Sequence[Group], arguments: dict[str, Any]) -> list[Change]:
+def _all_at_once_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
     return [(Time(Fraction(0)), frozenset(group.name for group in groups), False)]
+
+
+def _rotate_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
+    total = length[0]
+    if total is None:
+        raise ScheduleError("rotate goes on to the end of the run and needs its length. Pass total_steps (max_steps).")
+    blocks = [group.name for group in groups if BLOCK.fullmatch(group.name) and group.parameter_names]
+    if not blocks:
+        names = ", ".join(group.name for group in groups)
+        raise ScheduleError(f"rotate needs blocks, and this model has none (groups: {names}). Write all_at_once.")
+    kept = [name for name in ("head", "embeddings") if arguments[name]]
+    always = frozenset(group.name for group in groups if group.name.rpartition(".")[2] in kept)
+    turns = _turns(blocks, arguments["blocks"], arguments["order"], random.Random(arguments["seed"]))
+    changes: list[Change] = [(Time(Fraction(0)), always, False)]
+    before, number, step = frozenset[str](), 0, 0
+    while step < max(total, 1):
+        start, turn = Time(Fraction(step)), next(turns)
+        changes += [(start, before - turn, True), (start, turn, False)]
+        before, number = turn, number + 1
+        step = _multiple(arguments["every"], number, length)
+    return changes
+
+
+def _turns(blocks: Sequence[str], count: int, order: str, draw: random.Random) -> Iterator[frozenset[str]]:
+    """Yield the blocks of each turn without end; every round visits each block once."""
+    while True:
+        rest = list(reversed(blocks)) if order == "descending" else list(blocks)
+        if order == "random":
+            draw.shuffle(rest)
+        for first in range(0, len(rest), count):
+            yield frozenset(rest[first : first + count])
+
+
+def _multiple(every: Time, number: int, length: Length) -> int:
+    """Return the step at ``number`` times a distance; one of 30 % may lie beyond the run four times over."""
+    total = length[0] or 0
+    if every.unit == "%":
+        return math.ceil(every.value * number * total / 100)
+    return Time(every.value * number, every.unit).to_step(*length)
 
 
 @dataclass(frozen=True)
 class NamedSchedule:
-    """A row of the table of named schedules: its arguments with their defaults, and the changes it makes."""
+    """A row of the table of named schedules.
+
+    Args:
+        arguments: Their defaults, which say of what type each is.
+        changes: What it does to the groups of a model in a run of some length.
+        choices: The words allowed, where an argument is one.
+        zero: Arguments that may be 0.
+    """
 
     arguments: dict[str, Any]
-    changes: Callable[[Sequence[Group], dict[str, Any]], list[Change]]
+    changes: Callable[[Sequence[Group], dict[str, Any], Length], list[Change]]
+    choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    zero: tuple[str, ...] = ()
 
+
+_EVERY_20 = Time(Fraction(20))
+_ORDERS = ("random", "ascending", "descending")
 
 NAMED = {
     "gradual": NamedSchedule({"every": Time(Fraction(1), "ep"), "blocks": 1, "embeddings": True}, _gradual_changes),
     "linear_probe": NamedSchedule({"until": Time(Fraction(1), "ep")}, _linear_probe_changes),
     "all_at_once": NamedSchedule({}, _all_at_once_changes),
+    "rotate": NamedSchedule(
+        {"blocks": 2, "every": _EVERY_20, "seed": 0, "order": "random", "embeddings": True, "head": True},
+        _rotate_changes,
+        {"order": _ORDERS},
+        ("seed",),
+    ),
 }

@@ -19,6 +19,7 @@ __all__ = ["PlanRow", "model_card_section", "plan_rows", "plan_table", "state_co
 
 # Copies of a parameter that an optimizer keeps as state. Adafactor keeps one row and one column instead: nearly none.
 _STATE_COPIES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "RMSprop": 1, "Adagrad": 1, "Lion": 1, "Adafactor": 0}
+_SHOWN = 50  # phases in a table for people: a schedule that rotates has thousands
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def plan_table(rows: Sequence[PlanRow], title: str) -> Table:
     table.add_column("trainable", overflow="fold")
     for column in ("parameters", "share", "gradients", "optimizer"):
         table.add_column(column, justify="right")
-    for row in rows:
+    for row in rows[:_SHOWN]:
         table.add_row(
             str(row.phase),
             str(row.start_step),
@@ -95,7 +96,13 @@ def plan_table(rows: Sequence[PlanRow], title: str) -> Table:
             _megabytes(row.gradient_bytes),
             "?" if row.optimizer_bytes is None else _megabytes(row.optimizer_bytes),
         )
+    if len(rows) > _SHOWN:
+        table.caption = _more(rows)
     return table
+
+
+def _more(rows: Sequence[Any]) -> str:
+    return f"and {len(rows) - _SHOWN:,} more phases"
 
 
 def model_card_section(schedule: str, log_history: Sequence[dict[str, Any]]) -> str:
@@ -108,11 +115,14 @@ def model_card_section(schedule: str, log_history: Sequence[dict[str, Any]]) -> 
         "| phase | step | epoch | trainable | parameters |",
         "|---|---|---|---|---|",
     ]
-    for record in past_transitions(log_history):
+    records = past_transitions(log_history)
+    for record in records[:_SHOWN]:
         lines.append(
             f"| {record['unfreeze/phase']} | {record['step']} | {record.get('epoch') or 0:.2f} "
             f"| {record['unfreeze/trainable']} | {record.get('unfreeze/trainable_params', 0):,} |"
         )
+    if len(records) > _SHOWN:
+        lines += ["", f"({_more(records)})"]
     return "\n".join(lines) + "\n"
 
 

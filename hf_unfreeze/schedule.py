@@ -36,6 +36,7 @@ __all__ = [
     "linear_probe",
     "parse_schedule",
     "parse_selectors",
+    "rotate",
     "spec_of",
 ]
 
@@ -87,7 +88,8 @@ class Schedule:
         Raises:
             ScheduleError: A selector matches nothing, or a phase would train nothing; all faults in one message.
         """
-        changes = NAMED[self.name].changes(groups, dict(self.arguments)) if self.name else self._changes(groups)
+        length = total_steps, steps_per_epoch
+        changes = NAMED[self.name].changes(groups, dict(self.arguments), length) if self.name else self._changes(groups)
         timed = sorted(((t.to_step(total_steps, steps_per_epoch), names, freeze) for t, names, freeze in changes),
                        key=lambda change: change[0])  # fmt: skip
         trainable: set[str] = set()
@@ -198,18 +200,24 @@ def _parse_value(key: str, text: str, default: Value) -> Value:
         if text not in ("true", "false"):
             raise ScheduleError(f"{key}={text}: write {key}=true or {key}=false.")
         return text == "true"
+    if isinstance(default, str):
+        return text
     if not (text.isascii() and text.isdecimal()):
         raise ScheduleError(f"{key}={text}: write a whole number, for instance {key}={default}.")
     return int(text)
 
 
 def _build_named(name: str, given: dict[str, Any]) -> Schedule:
-    defaults = NAMED[name].arguments
+    row = NAMED[name]
+    defaults = row.arguments
     arguments = {**defaults, **given}
     for key, value in arguments.items():
         if type(value) is not type(defaults[key]):
             raise ScheduleError(f"{name}: {key}={value!r} is of no use. Write for instance {key}={defaults[key]}.")
-        if value in (0, Time(Fraction(0))) and not isinstance(value, bool):
+        if key in row.choices and value not in row.choices[key]:
+            allowed = ", ".join(row.choices[key])
+            raise ScheduleError(f"{name}: {key}={value} is none of {allowed}.{near_match(value, row.choices[key])}")
+        if value in (0, Time(Fraction(0))) and not isinstance(value, bool) and key not in row.zero:
             raise ScheduleError(f"{name}: {key} must be more than 0. Write for instance {key}={defaults[key]}.")
     return Schedule(name=name, arguments=tuple(arguments.items()))
 
@@ -261,3 +269,34 @@ def all_at_once() -> Schedule:
         'all_at_once'
     """
     return _build_named("all_at_once", {})
+
+
+def rotate(
+    blocks: int = 2,
+    every: str | Time = "20step",
+    seed: int = 0,
+    order: str = "random",
+    embeddings: bool = True,
+    head: bool = True,
+) -> Schedule:
+    """Train a few blocks at a time and change them regularly, beside embeddings and head: LISA, BAdam, HiFT.
+
+    Example:
+        >>> str(rotate(blocks=2, every="50step"))
+        'rotate(blocks=2, every=50step, seed=0, order=random, embeddings=true, head=true)'
+
+    Args:
+        blocks: Blocks that train at a time; a round visits each block once, its last turn what is left.
+        every: Length of a turn.
+        seed: Of the shuffle of each round; the same on every process and after a resume.
+        order: ``random``, ``ascending`` (from the bottom) or ``descending``.
+        embeddings: Whether the embeddings train all the time.
+        head: Whether the head trains all the time.
+
+    Raises:
+        ScheduleError: An argument of the wrong kind; later, a run of unknown length.
+
+    Reference: LISA, arXiv 2403.17919; BAdam, arXiv 2404.02827; HiFT, arXiv 2401.15207.
+    """
+    given = {"blocks": blocks, "seed": seed, "order": order, "embeddings": embeddings, "head": head}
+    return _build_named("rotate", {**given, "every": _time(every)})

@@ -25,6 +25,8 @@ from .schedule import Phase, Schedule, parse_schedule, spec_of
 
 __all__ = ["Transition", "Unfreezer"]
 
+_ANNOUNCED = 32  # phases that ranks compare ahead: a schedule that rotates has thousands
+
 
 @dataclass(frozen=True)
 class Transition:
@@ -195,7 +197,8 @@ class Unfreezer:
     def _announcement(self) -> list[str]:
         """Return what every rank must say alike at a transition: the step, what trains now, and what will."""
         now = [f"at step {self._step} trains {spec_of(self._current.trainable, self.groups)}"] if self._current else []
-        return now + [f"from step {phase.start} {spec_of(phase.trainable, self.groups)}" for phase in self.phases]
+        coming = [phase for phase in self.phases if phase.start >= self._step][:_ANNOUNCED]
+        return now + [f"from step {phase.start} {spec_of(phase.trainable, self.groups)}" for phase in coming]
 
     def _upcoming(self) -> list[Phase]:
         return [phase for phase in self.phases if self._current is None or phase.start >= self._current.start]

@@ -1,0 +1,161 @@
+"""A few blocks at a time, in turns: what the schedule says, and that the Trainer does it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import hashes, tiny_bert
+from test_schedule import plan, single, towers
+from transformers import TrainerCallback
+
+from hf_unfreeze import UnfreezeCallback, Unfreezer, layer_groups, parse_schedule, rotate
+from hf_unfreeze._plan import plan_rows, plan_table
+from hf_unfreeze.errors import ScheduleError
+
+SPEC = "rotate(blocks=1, every=3step)"
+
+
+def turns(spec, groups, **length):
+    """The blocks of each turn, as sets of names."""
+    return [
+        {name for name in phase.trainable if "block" in name} for phase in parse_schedule(spec).phases(groups, **length)
+    ]
+
+
+def test_the_spec_is_the_function():
+    assert rotate(blocks=1, every="3step") == parse_schedule(SPEC)
+    schedule = rotate(3, "0.5ep", seed=7, order="ascending", embeddings=False, head=False)
+    assert parse_schedule(str(schedule)) == schedule
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 12])
+def test_every_round_visits_each_block_once(blocks):
+    per_round = -(-12 // blocks)
+    seen = turns(f"rotate(blocks={blocks}, every=1step)", single(12), total_steps=10 * per_round)
+    if blocks == 12:
+        assert seen == [{f"block[{i}]" for i in range(12)}]  # no change, no phase
+        return
+    rounds = [seen[i : i + per_round] for i in range(0, len(seen), per_round)]
+    for drawn in rounds[:3]:  # equal neighbours at the border of two rounds would be one phase
+        assert sorted(name for turn in drawn for name in turn) == sorted(f"block[{i}]" for i in range(12))
+    assert len({tuple(map(frozenset, drawn)) for drawn in rounds}) > 1, "each round is drawn anew"
+
+
+def test_seeds_draw_differently_and_each_always_alike():
+    drawn = [str(turns(f"rotate(every=1step, seed={seed})", single(12), total_steps=6)) for seed in (0, 1, 2, 0)]
+    assert len(set(drawn)) == 3
+    assert plan("rotate(blocks=1, every=10%)")[:3] == [
+        (0, "embeddings, block[2], head"),
+        (7, "embeddings, block[0], head"),
+        (14, "embeddings, block[1], head"),
+    ]  # written down, so that another Python or release that draws differently is found
+
+
+ORDERS = {
+    "rotate(order=ascending, every=1ep, head=false)": [(0, "embeddings, block[0:2]"), (7, "embeddings, block[2:4]")],
+    "rotate(order=descending, blocks=3, every=7step, embeddings=false)": [
+        (0, "block[1:4], head"),
+        (7, "block[0], head"),
+    ],
+    "rotate(order=ascending, blocks=2, every=40%, embeddings=false, head=false)": [
+        (0, "block[0:2]"),
+        (6, "block[2:4]"),
+        (12, "block[0:2]"),
+    ],
+}
+
+
+@pytest.mark.parametrize("spec", ORDERS)
+def test_orders_and_what_trains_beside(spec):
+    assert plan(spec, total_steps=14) == ORDERS[spec]
+
+
+def test_stacks_take_turns_as_one_list():
+    seen = turns("rotate(order=ascending, every=1step)", towers(), total_steps=3)
+    assert seen == [
+        {"encoder.block[0]", "encoder.block[1]"},
+        {"encoder.block[2]", "decoder.block[0]"},
+        {"decoder.block[1]"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("rotate(order=randm)", "order=randm is none of random, ascending, descending. Did you mean 'random'"),
+        ("rotate(blocks=0)", "blocks must be more than 0"),
+        ("rotate(every=0)", "every must be more than 0"),
+        ("rotate(seed=-1)", "whole number"),
+        ("rotate(sed=1)", "Did you mean 'seed'"),
+    ],
+)
+def test_bad_arguments(spec, message):
+    with pytest.raises(ScheduleError, match=message):
+        plan(spec)
+
+
+def test_the_run_must_have_a_length_and_the_model_blocks():
+    with pytest.raises(ScheduleError, match=r"Pass total_steps"):
+        plan("rotate", total_steps=None)
+    with pytest.raises(ScheduleError, match="this model has none"):
+        plan("rotate", [single()[0], single()[-1]])
+
+
+def test_exactly_the_blocks_of_the_turn_move(make_trainer):
+    steps = []
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            steps.append(hashes(model))
+
+    trainer = make_trainer(UnfreezeCallback(SPEC), Look())
+    trainer.train()
+    steps.append(hashes(trainer.model))
+    groups = {g.name: set(g.parameter_names) for g in layer_groups(trainer.model)}
+    phases = parse_schedule(SPEC).phases(layer_groups(trainer.model), total_steps=21)
+    assert len(phases) == 7
+    for step in range(21):
+        open_now = max((phase for phase in phases if phase.start <= step), key=lambda phase: phase.start).trainable
+        moved = {name for name, value in steps[step].items() if value != steps[step + 1][name]}
+        assert moved == set().union(*(groups[name] for name in open_now)), step
+
+
+@pytest.mark.parametrize("drop_state", [False, True])
+def test_resume_is_exact(make_trainer, tmp_path, drop_state):
+    def run(name, **arguments):
+        callback = UnfreezeCallback(SPEC, drop_state=drop_state)
+        return make_trainer(callback, output_dir=str(tmp_path / name), max_steps=9, **arguments)
+
+    whole = run("run", save_strategy="steps", save_steps=2)
+    whole.train()
+    for step in (4, 6):
+        again = run(f"again{step}")
+        again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+        assert hashes(again.model) == hashes(whole.model), step
+
+
+def test_gradients_and_state_never_exceed_the_turn():
+    """BAdam: without head and embeddings, and with drop_state, one block's gradients and moments are all there is."""
+    model = tiny_bert()
+    optimizer = torch.optim.AdamW(model.parameters())
+    unfreezer = Unfreezer(
+        model, optimizer, "rotate(blocks=1, every=2step, embeddings=false, head=false)", total_steps=16, drop_state=True
+    )
+    block = sum(p.numel() for p in model.bert.encoder.layer[0].parameters())
+    for step in range(16):
+        unfreezer.step(step)
+        model(input_ids=torch.arange(8)[None], labels=torch.tensor([1])).loss.backward()
+        assert sum(p.grad.numel() for p in model.parameters() if p.grad is not None) == block
+        optimizer.step()
+        optimizer.zero_grad()
+        moments = [v for entry in optimizer.state.values() for k, v in entry.items() if k != "step"]
+        assert sum(v.numel() * v.element_size() for v in moments) == 2 * 4 * block
+    unfreezer.close()
+
+
+def test_a_long_plan_is_cut_for_people():
+    model = tiny_bert()
+    groups = layer_groups(model)
+    rows = plan_rows(model, groups, rotate(1, "1step").phases(groups, total_steps=500))
+    table = plan_table(rows, "rotate")
+    assert table.row_count == 50 and table.caption == f"and {len(rows) - 50} more phases"
