@@ -113,7 +113,8 @@ def test_a_model_without_like_blocks_is_told():
 
 
 def test_prompt_tuning_sends_a_gradient_through_the_prefix():
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = peft.get_peft_model(tiny_bert(), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2))
     unfreezer = by_hand(model, "memory", "all@0")
     with pytest.warns(UserWarning, match="a gradient flows into inputs_embeds"):
@@ -124,7 +125,8 @@ def test_prompt_tuning_sends_a_gradient_through_the_prefix():
 
 
 def test_lora_in_the_top_block_only_leaves_the_rest_to_the_cache():
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], layers_to_transform=[BLOCKS - 1])
     cache = FrozenPrefixCache()
     quiet = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # the base of PEFT stays in train mode

@@ -119,7 +119,6 @@ def test_a_wrong_activation_is_found(monkeypatch):
 
 
 def disk(tmp_path, **options):
-    pytest.importorskip("lmdb")
     return FrozenPrefixCache("disk", folder=tmp_path / "cache", **options)
 
 
@@ -142,7 +141,6 @@ ROW = [(b"k" * 32, torch.arange(12.0).reshape(3, 4))]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_disk_gives_back_the_bits(tmp_path, dtype):
-    pytest.importorskip("lmdb")
     store = DiskStore(tmp_path, 1 << 24)
     store.put([(key, row.to(dtype)) for key, row in ROW])
     (row,) = store.get([ROW[0][0]])
@@ -152,7 +150,8 @@ def test_disk_gives_back_the_bits(tmp_path, dtype):
 
 @pytest.mark.parametrize("harm", ["garbage", "cut short"])
 def test_a_damaged_file_is_begun_again(tmp_path, harm):
-    lmdb = pytest.importorskip("lmdb")
+    import lmdb
+
     folder = tmp_path / "v1"
     folder.mkdir()
     env = lmdb.open(str(folder), map_size=1 << 24)
@@ -169,7 +168,6 @@ def test_a_damaged_file_is_begun_again(tmp_path, harm):
 
 
 def test_a_damaged_row_is_a_miss(tmp_path):
-    pytest.importorskip("lmdb")
     store = DiskStore(tmp_path, 1 << 24)
     store.put(ROW)
     with store._env.begin(write=True) as transaction:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_bert
+from no_torchvision import import_timm
 from torch import nn
 
 from hf_unfreeze import Unfreezer, layer_groups, set_trainable, trainable_summary
@@ -164,7 +165,7 @@ def test_ddp_and_compiled_models():
 
 
 def test_timm_models_are_split_by_their_own_matcher(monkeypatch):
-    timm = pytest.importorskip("timm", exc_type=ImportError)
+    timm = import_timm(monkeypatch)
     model = timm.create_model("vit_tiny_patch16_224", depth=4, num_classes=3)
     found = homes(model)
     assert names(model) == NAMES
@@ -202,7 +203,7 @@ def test_a_matcher_places_downsampling_and_norms():
 
 
 def test_sentence_transformers(tmp_path):
-    sentence_transformers = pytest.importorskip("sentence_transformers")
+    import sentence_transformers
     from sentence_transformers.sentence_transformer import modules as models
 
     config = tiny_bert().config
