@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from .errors import StructureError
 
-__all__ = ["Architecture", "find_architecture", "list_architectures", "register_architecture"]
+__all__ = [
+    "BUILT_IN",
+    "Architecture",
+    "find_architecture",
+    "list_architectures",
+    "markdown_table",
+    "register_architecture",
+]
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,9 @@ _REGISTRY = {
 }
 
 
+BUILT_IN = tuple(_REGISTRY[model_type] for model_type in sorted(_REGISTRY))
+
+
 def register_architecture(architecture: Architecture) -> None:
     """Add a row for a model type of your own.
 
@@ -145,6 +155,33 @@ def find_architecture(model_type: str | None) -> Architecture | None:
     """Return the row of a model type, or None."""
     _load_entry_points()
     return _REGISTRY.get(model_type or "")
+
+
+def markdown_table(rows: tuple[Architecture, ...] = BUILT_IN) -> str:
+    """Write rows as a page in Markdown; ``hf_unfreeze/ARCHITECTURES.md`` is this page of the rows built in.
+
+    Example:
+        >>> print(markdown_table().splitlines()[0])
+        # Architectures with a row
+    """
+    lines = [
+        "# Architectures with a row",
+        "",
+        "Written by `hf-unfreeze architectures --markdown > hf_unfreeze/ARCHITECTURES.md`. The structure of every",
+        "other model is detected; `hf-unfreeze groups MODEL --explain` shows what was found and why. Alternatives are",
+        "those of transformers 4 and 5; what is in neither column is the head.",
+        "",
+        "| model type | blocks, bottom → top | embeddings |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        stacks = "; ".join(
+            f"{stack + ': ' if stack else ''}{' or '.join(f'`{path}`' for path in paths)}"
+            for stack, paths in row.stacks
+        )
+        note = " (side by side)" if row.parallel else ""
+        lines.append(f"| {row.model_type} | {stacks}{note} | {', '.join(f'`{path}`' for path in row.embeddings)} |")
+    return "\n".join(lines) + "\n"
 
 
 @functools.cache

@@ -59,11 +59,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--max-steps", type=int, help="optimizer updates of the whole run, instead of --epochs")
     plan.set_defaults(command=_plan)
     groups = commands.add_parser("groups", help="layer groups of a model, top → bottom")
+    groups.add_argument("--explain", action="store_true", help="why each parameter outside the blocks is where it is")
     groups.set_defaults(command=_groups)
     for command in (plan, groups):
         command.add_argument("model", metavar="MODEL", help="folder or hub id; only its config is read")
         command.add_argument("--head", choices=HEADS, help="task head; by default that of the config")
     architectures = commands.add_parser("architectures", help="registered architectures; others are detected")
+    architectures.add_argument("--markdown", action="store_true", help="the page hf_unfreeze/ARCHITECTURES.md")
     architectures.set_defaults(command=_architectures)
     for command in (plan, groups, architectures):
         command.add_argument("--json", action="store_true", help="JSON instead of a table")
@@ -91,24 +93,41 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _groups(arguments: argparse.Namespace) -> None:
-    from .groups import layer_groups
+    from .groups import explain_groups, layer_groups
 
     model = _meta_model(arguments.model, arguments.head)
     parameters = dict(model.named_parameters())
+    groups = layer_groups(model)[::-1]
     rows = [
         {
             "group": group.name,
             "parameters": sum(parameters[name].numel() for name in group.parameter_names),
             "tensors": len(group.parameter_names),
         }
-        for group in reversed(layer_groups(model))
+        for group in groups
     ]
-    _show(arguments, rows, lambda: _table(type(model).__name__, rows))
+    title = type(model).__name__
+    if not arguments.explain:
+        _show(arguments, rows, lambda: _table(title, rows))
+        return
+    reasons = explain_groups(model)
+    whys = [
+        {"group": group.name, "parameter": name, "parameters": parameters[name].numel(), "why": reasons[name]}
+        for group in groups
+        for name in group.parameter_names
+    ]
+    loose = [why for why in whys if "block[" not in str(why["group"]) or "tie" in str(why["why"])]
+    _show(arguments, whys, lambda: _table(title, rows))
+    if not arguments.json and loose:
+        _show(arguments, loose, lambda: _table("Outside the blocks, and why", loose))
 
 
 def _architectures(arguments: argparse.Namespace) -> None:
-    from .architectures import list_architectures
+    from .architectures import BUILT_IN, list_architectures, markdown_table
 
+    if arguments.markdown:
+        print(markdown_table(BUILT_IN), end="")  # noqa: T201
+        return
     rows = [{"model_type": architecture.model_type} for architecture in list_architectures()]
     _show(
         arguments, rows, lambda: _table("Registered architectures; the structure of any other model is detected", rows)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import model_zoo
 import pytest
 
+import hf_unfreeze
 from hf_unfreeze import Architecture, layer_groups, list_architectures, register_architecture
-from hf_unfreeze.architectures import find_architecture
+from hf_unfreeze.architectures import BUILT_IN, find_architecture, markdown_table
 from hf_unfreeze.errors import StructureError
 
 SNAPSHOT = Path(__file__).parent / "data" / "group_names.json"
@@ -48,3 +52,34 @@ def names_now() -> dict[str, list[str]]:
 
 def test_group_names_are_stable():
     assert names_now() == json.loads(SNAPSHOT.read_text())
+
+
+def test_the_page_of_architectures_is_current():
+    page = Path(hf_unfreeze.__file__).with_name("ARCHITECTURES.md")
+    assert page.read_text() == markdown_table(BUILT_IN)
+    assert all(f"| {row.model_type} |" in page.read_text() for row in BUILT_IN)
+
+
+def test_another_package_registers_a_row_by_an_entry_point(tmp_path):
+    (tmp_path / "my_package.py").write_text(
+        "from hf_unfreeze.architectures import Architecture, register_architecture\n"
+        "def register():\n"
+        "    register_architecture(Architecture('my_model', {'': ('tower.layers',)}, ('tok_emb',)))\n"
+    )
+    info = tmp_path / "my_package-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[hf_unfreeze.architectures]\nmy_package = my_package:register\n")
+    script = (
+        "from hf_unfreeze.architectures import find_architecture, list_architectures\n"
+        "print(find_architecture('my_model').embeddings, sum(r.model_type == 'my_model' for r in list_architectures()))"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(hf_unfreeze.__file__).parents[1])])
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "('tok_emb',) 1"

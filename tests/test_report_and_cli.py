@@ -65,6 +65,24 @@ def test_groups_and_architectures(folder, capsys):
     assert {"model_type": "whisper"} in json.loads(capsys.readouterr().out)
 
 
+def test_groups_say_why(folder, capsys):
+    assert main(["groups", folder, "--explain", "--json"]) == 0
+    why = {row["parameter"]: (row["group"], row["why"]) for row in json.loads(capsys.readouterr().out)}
+    assert why["bert.embeddings.LayerNorm.bias"] == ("embeddings", "row bert: embeddings")
+    assert why["bert.encoder.layer.3.output.dense.bias"] == ("block[3]", "row bert: encoder.layer")
+    assert why["classifier.bias"] == ("head", "row bert: outside the base model")
+    assert main(["groups", folder, "--head", "masked-lm", "--explain"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Outside the blocks, and why" in shown and "tie with" in shown
+
+
+def test_the_page_of_architectures_and_that_others_are_detected(capsys):
+    assert main(["architectures", "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("# Architectures with a row")
+    assert main(["architectures"]) == 0
+    assert "structure of any other model is detected" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
