@@ -117,7 +117,8 @@ SHARED_TABLE = (r"relative_attention_bias|rel_attn_embed|relative_bias|rel_pos_b
 
 # What joins a vision tower to the encoder above it (DETR and its kin).
 INPUT_PROJECTION = (
-    r"^((en|de)coder_)?input_proj|^level_embed|^conv_s\d|^compress_vit|^query_position_embeddings_proj|^enc_output",
+    r"^((en|de)coder_)?input_proj|^level_embed|^conv_s\d|^compress_vit|^encoder_(conv|norm)|^enc_output",
+    r"^query_position_embeddings_proj",
     r"^(lateral|downsample)_convs$|^(fpn|pan)_blocks$|^ref_point_head$|^query_pos_head$|^query_input_projection$|^reference_points$",
 )
 # A model with these beside its "base model" is no task class.
@@ -180,6 +181,8 @@ STACK_NAMES = (
     ("auxiliary", r"auxiliary_layers"),
     ("vision", r"keypoint_detector|sam_encoder"),
     ("speech_decoder", r"^speech_decoder_model"),
+    ("acoustic", r"^acoustic_encoder"),
+    ("decoder", r"^acoustic_decoder"),
 )
 AUDIO_CLASS = r"Audio|Speech|Conformer|Wav|Whisper|Codec|Encodec|Mimi"
 # The same, by the class of the blocks, where the names of the path are silent.
@@ -199,6 +202,7 @@ RANKS = {
     "protein": 10,
     "diarization": 10,
     "semantic": 10,
+    "acoustic": 10,
     "semantic_encoder": 15,
     "low": 10,
     "high": 20,

@@ -8,7 +8,7 @@ from torch import nn
 
 from ._structure import Stack, find_stacks
 from .architectures import Architecture
-from .detection import Layout, Place, base_of
+from .detection import Layout, Place, base_of, prefixes
 
 __all__ = ["match_row"]
 
@@ -47,7 +47,7 @@ def match_row(model: nn.Module, row: Architecture) -> tuple[Layout | None, str]:
     tables = re.compile(r"relative_attention_bias|rel_attn_embed")
     places: dict[str, Place] = {}
     for name, _ in model.named_parameters(remove_duplicate=False):
-        place = next((owner[path] for path in _prefixes(name) if path in owner), None)
+        place = next((owner[path] for path in prefixes(name) if path in owner), None)
         if outside and not name.startswith(outside):
             places[name] = Place("head", None, f"row {row.model_type}: outside the base model")
         elif stems.search(name) and (place is None or tables.search(name)):
@@ -76,11 +76,6 @@ def _blocks(model: nn.Module, stacks: list[Stack], paths: tuple[str, ...]) -> tu
         if blocks:
             return path, [parts.get(block, (block,)) for block in blocks]
     return "", []
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
 def _stem_norm(model: nn.Module, name: str) -> bool:

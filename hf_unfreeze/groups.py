@@ -152,9 +152,12 @@ def _assemble(model: nn.Module, layout: Layout | None) -> tuple[tuple[LayerGroup
         tied = next((other for other in others if other != lowest), lowest)
         reasons[name] = f"{place.reason}; tie with {tied}" if len(homes) > 1 else place.reason
     levels = {value[:1]: i for i, value in enumerate(sorted({v[:1] for v in height.values()}))}
+    used = {stack for (stack, _), names in members.items() if names}
     groups = []
     for key in sorted(height, key=lambda k: height[k]):
         stack, index = key
+        if index is not None and stack not in used:  # a tower that is tied to a lower one as a whole
+            continue
         name = stack if index is None else f"{stack}.block[{index}]" if stack else f"block[{index}]"
         kept = "" if stack in ("embeddings", "head") and index is None else stack
         groups.append(LayerGroup(name, kept, tuple(members[key]), levels[height[key][:1]]))

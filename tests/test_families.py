@@ -44,6 +44,8 @@ TABLE = [
     ("swiftformer", "base", {"encoder.network.1.proj.bias": "block[2]"}),
     ("granite_speech", "base", {"projector.qformer.encoder.layer.0.attention.output.dense.bias": "qformer.block[0]",
         "projector.query": "embeddings"}),
+    ("sam_hq", "mask_generation", {"mask_decoder.encoder_conv1.bias": "connector"}),
+    ("vjepa2", "base", {"predictor.layer.0.norm1.bias": "predictor.block[0]", "encoder.layernorm.bias": "head"}),
     ("perceiver", "masked", {"perceiver.decoder.output_position_encodings.position_embeddings": "head",
         "perceiver.encoder.cross_attention.mlp.dense1.bias": "embeddings"}),
 ]  # fmt: skip
@@ -59,6 +61,7 @@ ORDER = {
     "phi4_multimodal": ["audio", "vision", "text"],
     "grounding-dino": ["text", "vision", "encoder", "decoder"],
     "pi0": ["vision", "text", "expert"],
+    "xcodec": ["codec", "acoustic", "semantic", "semantic_encoder", "decoder"],
     "vits": ["text", "flow", "decoder"],
 }
 

@@ -252,3 +252,19 @@ def test_the_answer_does_not_depend_on_weights_or_mode():
         for parameter in other.parameters():
             parameter.zero_()
     assert layer_groups(model) == layer_groups(other)
+
+
+class Twins(nn.Module):
+    """A second tower that is the first one again."""
+
+    def __init__(self):
+        super().__init__()
+        self.text_model = nn.Module()
+        self.text_model.layers = nn.ModuleList(nn.TransformerEncoderLayer(4, 1, 4) for _ in range(2))
+        self.decoder = nn.Module()
+        self.decoder.layers = self.text_model.layers
+        self.head = nn.Linear(4, 1)
+
+
+def test_a_tower_tied_to_a_lower_one_has_no_groups_of_its_own():
+    assert names(Twins()) == ["embeddings", "text.block[0]", "text.block[1]", "head"]
