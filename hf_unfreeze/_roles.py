@@ -44,7 +44,7 @@ __all__ = [
 # Classes whose lists are blocks, and lookalikes that are not.
 BLOCK_CLASS = (
     r"(Block|Layer|Stage|Bottleneck|Cell|Group|EncoderLayer|Residual\w*|Module|Propagation)(V?\d*|_\w+)?$",
-    r"Block|Stage|ConvEncoder$",
+    r"Block|Stage|ConvEncoder$|^MobileAttention$",
 )
 NO_BLOCK_CLASS = (
     r"Norm|Embed|Linear|Conv\d?d?(Norm)?Layer$|Conv\dd|Expert|MLP|Mlp|FFN|Feed|Downsampl|Upsampl|Head$|SelfAttention$|Dropout",
@@ -69,7 +69,7 @@ STEM = (
     r"pos(ition)?(al)?_|^pos(_|$)|position|patch|^stem|_stem$|^conv1$|^(conv_in|shared|tok|word|token)\w*$",
     r"feature_(extractor|projection)|^relative_attention_bias$|rel_embeddings|rotary|subsampl|^frontend|^prompt_encoder$",
     r"^masked_spec_embed$|^mask_emb$|^(ln|norm)_pre$|^pre_?(ln|layer_?norm|norm|layrnorm)$|^input_proj|^project_in$",
-    r"^per_layer|^ple$|^altup_proj|_(latent|speakers|delta|prompt)_proj$|^mel_|newline|separator|^query(_feat)?$",
+    r"^per_layer|^ple$|^altup_proj|_(latent|speakers|delta|prompt)_proj$|^mel_|newline|separator|^query(_feat)?$|^visual_prompter$",
 )
 HEAD = (
     r"^(\w*_)?(classifiers?|classification|class_head|lm_head|heads?|pooler|pooling\w*|scorer?|qa_outputs|cls|logits?\w*)$",
