@@ -28,6 +28,7 @@ _REFUSED = {
     "DAdapt": "estimates one step size for a whole param group",
     "LayerWiseDummy": "updates each layer inside the backward pass, so there is no step to act in",
     "Lomo": "updates parameters inside the backward pass, so there is no step to act in",
+    "GrokAdamW": "clips each param group as one, and decays by the position of a parameter among those with a gradient",
     "DeepSpeed": "is DeepSpeed's, whose flat buffers do not follow requires_grad",
 }
 
@@ -119,17 +120,16 @@ class GroupRates:
                 "layer_decay and block_warmup need a learning rate, and this optimizer derives its own "
                 "(Adafactor with relative_step). Write relative_step=False with lr=…, or leave both out."
             )
-        parts: dict[tuple[float, float], list[nn.Parameter]] = {}
+        parts: dict[str, list[nn.Parameter]] = {}  # by name, not by rate: bitsandbytes goes by positions that stay
         for parameter in group["params"]:
-            name = self._group_of.get(id(parameter), "")
-            decay = group.get("weight_decay", 0.0)
-            key = self._used.get(name, 1.0), self._decay.get(name, decay) if decay else decay
-            parts.setdefault(key, []).append(parameter)
-        return [
-            {**group, "params": members, "lr": group["lr"] * multiplier}
-            | ({"weight_decay": decay} if "weight_decay" in group else {})
-            for (multiplier, decay), members in parts.items()
-        ]
+            parts.setdefault(self._group_of.get(id(parameter), ""), []).append(parameter)
+        return [{**group, "params": parts[name]} | self._settings(group, name) for name in parts]
+
+    def _settings(self, group: dict[str, Any], name: str) -> dict[str, float]:
+        settings = {"lr": group["lr"] * self._used.get(name, 1.0)}
+        if group.get("weight_decay"):
+            settings["weight_decay"] = self._decay.get(name, group["weight_decay"])
+        return settings
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
