@@ -46,7 +46,8 @@ class Activations:
         self._computed_in = torch.float32
         self._next_check = CHECK_EVERY
         self._parts = prefix.parts()
-        self._text = prefix.text()
+        library = getattr(sys.modules.get("transformers"), "__version__", None)
+        self._text = f"{prefix.text()}\n{torch.__version__} {library}"
         self._stamps: list[Any] = [None] * len(self._parts)
         self._digests = [b""] * len(self._parts)
         self._prints: dict[tuple[int, str], bytes] = {}
@@ -195,7 +196,6 @@ def blank(batch: Batch, members: Sequence[int], hidden: torch.Tensor) -> torch.T
 
 
 def _ambient(device: torch.device) -> str:
-    """What decides the bits of an activation outside of the model: versions, device, autocast, precision."""
+    """What decides the bits of an activation outside of the model: device, autocast, precision."""
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    library = getattr(sys.modules.get("transformers"), "__version__", None)
-    return f" {torch.__version__} {library} {device.type} {autocast} {torch.get_float32_matmul_precision()}"
+    return f" {device.type} {autocast} {torch.get_float32_matmul_precision()}"

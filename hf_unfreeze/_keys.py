@@ -73,7 +73,7 @@ def read_batch(inputs: dict[str, Any], ragged: bool) -> Batch:
     kept: torch.Tensor | None = None
     if mask is not None and tokens and ragged:
         lengths, kept = _lengths(mask)
-    state = torch.stack((_mix(lengths), _mix(lengths + FACTOR)), dim=1)
+    state = _mix(torch.stack((lengths, lengths + FACTOR), dim=1))
     described = [*plain]
     for name, tensor in tensors.items():
         along = bool(tokens) and name in ALONG_TOKENS and tensor.dim() > 1 and tensor.shape[1] == tokens
@@ -171,5 +171,6 @@ def _hash_rows(words: torch.Tensor, kept: torch.Tensor | None = None) -> torch.T
     secret, factors = _pads(words.shape[1], words.device)
     mixed = _mix(words ^ secret)
     if kept is not None:
-        mixed = mixed * kept.repeat_interleave(words.shape[1] // kept.shape[1], dim=1)
+        repeats = words.shape[1] // kept.shape[1]
+        mixed = mixed * (kept if repeats == 1 else kept.repeat_interleave(repeats, dim=1))
     return torch.stack((mixed.sum(dim=1), (mixed * factors).sum(dim=1)), dim=1)
