@@ -1,0 +1,36 @@
+"""The benchmark on a few examples: it compares what it says, and leaves its numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+
+import benchmark
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),  # Trainer's default
+    pytest.mark.slow,
+]
+
+
+def test_benchmark_on_a_few_examples(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    benchmark.main(["--max_train_samples", "16", "--max_eval_samples", "4", "--repeats", "2", "--epochs", "2",
+                    "--overhead_steps", "3", "--output", "numbers.json"])  # fmt: skip
+    numbers = json.loads(Path("numbers.json").read_text())
+    methods = numbers["methods"]
+    assert set(methods) == {method.name for method in benchmark.METHODS}
+    assert all(len(entry["runs"]) == 2 and len(entry["seconds"]) == 2 for entry in methods.values())
+    for name in methods:
+        if name.endswith(", cache"):  # what the cache must not change
+            assert methods[name]["runs"][0]["loss"] == pytest.approx(
+                methods[name[: -len(", cache")]]["runs"][0]["loss"]
+            )
+    assert 0 < numbers["callback_share"] < 1
+    assert "full fine-tuning" in capsys.readouterr().out
