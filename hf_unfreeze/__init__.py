@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .freezing import set_trainable, trainable_summary
     from .groups import LayerGroup, layer_groups
     from .optim import param_groups_layer_decay
-    from .schedule import Phase, Schedule, all_at_once, gradual, linear_probe, parse_schedule, rotate
+    from .schedule import Phase, Schedule, all_at_once, gradual, linear_probe, parse_schedule, plateau, rotate
     from .unfreezer import Unfreezer
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "list_architectures",
     "param_groups_layer_decay",
     "parse_schedule",
+    "plateau",
     "register_architecture",
     "rotate",
     "set_trainable",
@@ -59,6 +60,7 @@ _HOME = {
     "list_architectures": "architectures",
     "param_groups_layer_decay": "optim",
     "parse_schedule": "schedule",
+    "plateau": "schedule",
     "register_architecture": "architectures",
     "rotate": "schedule",
     "set_trainable": "freezing",

@@ -11,9 +11,10 @@ import torch.distributed as dist
 
 from .errors import UnfreezeError
 
-__all__ = ["agree"]
+__all__ = ["agree", "told"]
 
 _checks: Counter[str] = Counter()  # done so far in each process group: it numbers the keys
+_told: Counter[str] = Counter()
 
 
 def agree(group: dist.ProcessGroup, said: Sequence[str]) -> None:
@@ -60,7 +61,25 @@ def agree(group: dist.ProcessGroup, said: Sequence[str]) -> None:
             _store(group, check - 1).delete_key(key)
 
 
-def _store(group: dist.ProcessGroup, check: int) -> Any:
+def told(group: dist.ProcessGroup, text: str) -> str:
+    """Return what rank 0 says; the others wait for it, and the last to read it clears it away."""
+    number = _told[group.group_name]
+    _told[group.group_name] += 1
+    store = _store(group, f"told/{number}")
+    if dist.get_rank(group) == 0:
+        store.set("rank0", text)
+        return text
+    try:
+        text = store.get("rank0").decode()
+    except RuntimeError as error:
+        raise UnfreezeError("rank 0 did not come to observe() before the timeout. Call it on every rank.") from error
+    if store.add("read", 1) == dist.get_world_size(group) - 1:
+        store.delete_key("rank0")
+        store.delete_key("read")
+    return text
+
+
+def _store(group: dist.ProcessGroup, check: int | str) -> Any:
     from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
     return PrefixStore(f"hf_unfreeze/{group.group_name}/{check}", _get_default_store())

@@ -12,15 +12,16 @@ from typing import Any
 from ._spec import BLOCK, Group, Selector, Time
 from .errors import ScheduleError
 
-__all__ = ["NAMED", "Change", "Length", "NamedSchedule", "Value"]
+__all__ = ["NAMED", "Change", "Length", "NamedSchedule", "Value", "openings"]
 
-Value = Time | int | bool | str
+Value = Time | int | float | bool | str | None
 Change = tuple[Time, frozenset[str], bool]  # when, which groups, and True where they are frozen again
 Length = tuple[int | None, int | None]  # optimizer updates of the whole run and of one epoch, where known
 
 
-def _gradual_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
-    every, count = arguments["every"], arguments["blocks"]
+def openings(groups: Sequence[Group], arguments: dict[str, Any]) -> list[frozenset[str]]:
+    """List what opens together, from the top: the head, ``blocks`` blocks at a time, the embeddings if wanted."""
+    count = arguments["blocks"]
     if not any(BLOCK.fullmatch(group.name) for group in groups):
         raise ScheduleError(
             f"gradual needs blocks, and this model has none (groups: {', '.join(group.name for group in groups)}). "
@@ -29,22 +30,32 @@ def _gradual_changes(groups: Sequence[Group], arguments: dict[str, Any], length:
     levels: dict[int, list[Group]] = {}  # groups of one level open together
     for position, group in enumerate(groups):
         levels.setdefault(position if group.level is None else group.level, []).append(group)
-    openings: list[set[str]] = [set()]
+    opened: list[set[str]] = [set()]
     in_opening = count  # of the blocks; the head has an opening of its own
     for level in sorted(levels, reverse=True):
         members = levels[level]
         names = {group.name for group in members if group.parameter_names}
-        if all(group.name == "head" for group in members) or not openings[0]:
-            openings[0] |= names  # a head without parameters takes the first blocks with it
+        if all(group.name == "head" for group in members) or not opened[0]:
+            opened[0] |= names  # a head without parameters takes the first blocks with it
         elif all(group.name == "embeddings" for group in members):
-            openings += [names] if arguments["embeddings"] and names else []
+            opened += [names] if arguments["embeddings"] and names else []
         elif names:
             if in_opening == count:
-                openings.append(set())
+                opened.append(set())
                 in_opening = 0
-            openings[-1] |= names
+            opened[-1] |= names
             in_opening += 1
-    return [(Time(every.value * n, every.unit), frozenset(names), False) for n, names in enumerate(openings)]
+    return [frozenset(names) for names in opened]
+
+
+def _gradual_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
+    every = arguments["every"]
+    opened = openings(groups, arguments)
+    return [(Time(every.value * n, every.unit), names, False) for n, names in enumerate(opened)]
+
+
+def _first_opening(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
+    return [(Time(Fraction(0)), openings(groups, arguments)[0], False)]
 
 
 def _linear_probe_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
@@ -103,18 +114,33 @@ class NamedSchedule:
     """A row of the table of named schedules.
 
     Args:
-        arguments: Their defaults, which say of what type each is.
+        arguments: Their defaults, which say of what type each is; None is that of a time which may be left out.
         changes: What it does to the groups of a model in a run of some length.
         choices: The words allowed, where an argument is one.
         zero: Arguments that may be 0.
+        positional: The argument that may stand first without its name.
+        terse: Arguments that are written only where they are not as by default.
+        decided: Whether the data decides when its later phases begin.
     """
 
     arguments: dict[str, Any]
     changes: Callable[[Sequence[Group], dict[str, Any], Length], list[Change]]
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
     zero: tuple[str, ...] = ()
+    positional: str = ""
+    terse: tuple[str, ...] = ()
+    decided: bool = False
+
+    def kind(self, key: str) -> type:
+        """Return the type of an argument."""
+        default = self.arguments[key]
+        return Time if default is None else type(default)
 
 
+_PLATEAU = {
+    "metric": "", "patience": 2, "min_delta": 0.0, "mode": "auto", "at_least": Time(Fraction(0)), "at_most": None,
+    "stop": "none", "back": True, "restore_best": False, "blocks": 1, "embeddings": True,
+}  # fmt: skip
 _EVERY_20 = Time(Fraction(20))
 _ORDERS = ("random", "ascending", "descending")
 
@@ -127,5 +153,14 @@ NAMED = {
         _rotate_changes,
         {"order": _ORDERS},
         ("seed",),
+    ),
+    "plateau": NamedSchedule(
+        _PLATEAU,
+        _first_opening,
+        {"mode": ("auto", "min", "max"), "stop": ("none", "no_gain")},
+        ("min_delta", "at_least"),
+        "metric",
+        tuple(key for key in _PLATEAU if key != "patience"),
+        decided=True,
     ),
 }

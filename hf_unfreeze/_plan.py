@@ -24,10 +24,10 @@ _SHOWN = 50  # phases in a table for people: a schedule that rotates has thousan
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One phase: where it starts, what trains, and what that costs; bytes of state are None where not known."""
+    """One phase: where it starts (None where the data decides), what trains, and what that costs (None if unknown)."""
 
     phase: int
-    start_step: int
+    start_step: int | None
     start_epoch: float | None
     trainable: str
     trainable_params: int
@@ -50,6 +50,7 @@ def plan_rows(
     phases: Sequence[Phase],
     steps_per_epoch: int | None = None,
     copies: int | None = 2,
+    decided: Sequence[tuple[str, ...]] = (),
 ) -> list[PlanRow]:
     """List the phases with their cost.
 
@@ -59,18 +60,20 @@ def plan_rows(
         phases: As ``Schedule.phases`` gives them.
         steps_per_epoch: Optimizer updates in one epoch.
         copies: Copies of a parameter in the optimizer's state, 2 for Adam.
+        decided: Trainable sets that follow when the data says so, as ``Schedule.decided`` gives them.
     """
     parameters = dict(model.named_parameters())
     total = sum(parameter.numel() for parameter in parameters.values())
     rows = []
-    for number, phase in enumerate(phases):
-        names = set(phase.trainable)
+    sets = [(phase.start, phase.trainable) for phase in phases] + [(None, trainable) for trainable in decided]
+    for number, (start, trainable) in enumerate(sets):
+        names = set(trainable)
         members = [parameters[name] for group in groups if group.name in names for name in group.parameter_names]
         count, size = sum(p.numel() for p in members), sum(p.numel() * p.element_size() for p in members)
-        epoch = phase.start / steps_per_epoch if steps_per_epoch else None
+        epoch = start / steps_per_epoch if steps_per_epoch and start is not None else None
         state = None if copies is None else size * copies
-        spec = spec_of(phase.trainable, groups)
-        rows.append(PlanRow(number, phase.start, epoch, spec, count, count / total, size, state))
+        spec = spec_of(trainable, groups)
+        rows.append(PlanRow(number, start, epoch, spec, count, count / total, size, state))
     return rows
 
 
@@ -88,8 +91,8 @@ def plan_table(rows: Sequence[PlanRow], title: str) -> Table:
     for row in rows[:_SHOWN]:
         table.add_row(
             str(row.phase),
-            str(row.start_step),
-            "?" if row.start_epoch is None else f"{row.start_epoch:.2f}",
+            "data" if row.start_step is None else str(row.start_step),
+            "data" if row.start_step is None else "?" if row.start_epoch is None else f"{row.start_epoch:.2f}",
             row.trainable.replace("[", r"\["),
             f"{row.trainable_params:,}",
             f"{row.trainable_share:.1%}",
@@ -98,6 +101,8 @@ def plan_table(rows: Sequence[PlanRow], title: str) -> Table:
         )
     if len(rows) > _SHOWN:
         table.caption = _more(rows)
+    elif any(row.start_step is None for row in rows):
+        table.caption = "data: the evaluations decide when"
     return table
 
 

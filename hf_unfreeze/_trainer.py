@@ -12,12 +12,15 @@ from typing import Any
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from ._plan import model_card_section
+from ._plateau import with_metric
 from .distributed import DEEPSPEED
 from .errors import EnvironmentRefused
+from .schedule import Schedule
 
 __all__ = [
     "calling_trainer",
     "checkpoint_resumed",
+    "complete_schedule",
     "extend_model_card",
     "newest_checkpoint",
     "refuse",
@@ -30,6 +33,12 @@ def refuse(args: TrainingArguments) -> None:
     """Raise for what would train wrongly without a word."""
     if getattr(args, "deepspeed", None):
         raise EnvironmentRefused(DEEPSPEED)
+
+
+def complete_schedule(schedule: Schedule, args: TrainingArguments) -> Schedule:
+    """Fill in what the arguments say of the best model, where a schedule leaves it open."""
+    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+    return with_metric(schedule, args.metric_for_best_model, args.greater_is_better, evaluates)
 
 
 def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

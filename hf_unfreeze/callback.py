@@ -16,6 +16,7 @@ from ._plan import plan_rows, plan_table, state_copies
 from ._trainer import (
     calling_trainer,
     checkpoint_resumed,
+    complete_schedule,
     extend_model_card,
     newest_checkpoint,
     refuse,
@@ -175,7 +176,7 @@ class UnfreezeCallback(TrainerCallback):
         self.unfreezer = Unfreezer(
             model if trainer is None else trainer.model_wrapped,
             optimizer,
-            self.schedule,
+            complete_schedule(self.schedule, args),
             total_steps=state.max_steps,
             steps_per_epoch=self._steps_per_epoch,
             cache=self.cache,
@@ -185,10 +186,11 @@ class UnfreezeCallback(TrainerCallback):
             self._attach(trainer)
         if state.is_world_process_zero and not args.disable_tqdm:
             self._print_plan(model, state)
+        self.unfreezer.decisions.replay(state.log_history, state.global_step)
         if state.global_step and (different := divergence(self.unfreezer, state.log_history, state.global_step)):
             warnings.warn(different, UserWarning, stacklevel=2)
-        if state.global_step and self.unfreezer.pull:
-            self.unfreezer.pull.load(checkpoint_resumed())
+        for kept in self.unfreezer.kept if state.global_step else ():
+            kept.load(checkpoint_resumed())
         self._advance(args, state)
 
     def on_step_begin(
@@ -209,10 +211,15 @@ class UnfreezeCallback(TrainerCallback):
         logs["unfreeze/phase"] = current.phase
         logs["unfreeze/trainable_params"] = current.trainable_params
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let the evaluation decide, where the schedule leaves it to it; the next step begins the new phase."""
+        if self.unfreezer is not None:
+            self.unfreezer.observe(kwargs.get("metrics") or {}, state.global_step)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put beside the checkpoint what a resumed run needs and the checkpoint lacks: the weights to pull to."""
-        if self.unfreezer and self.unfreezer.pull and state.is_world_process_zero:
-            self.unfreezer.pull.save(newest_checkpoint(args, state.global_step))
+        """Put beside the checkpoint what a resumed run needs and the checkpoint lacks: weights to return to."""
+        for kept in self.unfreezer.kept if self.unfreezer and state.is_world_process_zero else ():
+            kept.save(newest_checkpoint(args, state.global_step))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -237,7 +244,7 @@ class UnfreezeCallback(TrainerCallback):
 
             tqdm.write(
                 f"step {transition.step}: phase {transition.phase} trains {transition.trainable} "
-                f"({transition.trainable_params:,} parameters)"
+                f"({transition.trainable_params:,} parameters)" + (transition.reason and f": {transition.reason}")
             )
 
     def _print_plan(self, model: Any, state: TrainerState) -> None:
@@ -247,10 +254,12 @@ class UnfreezeCallback(TrainerCallback):
             return
         reached = [phase for phase in self.unfreezer.phases if phase.start < state.max_steps]
         copies = state_copies(self.unfreezer.optimizer)
-        if copies is not None and self.unfreezer.pull:
-            copies += 1  # the weights to pull to
-        rows = plan_rows(model, self.unfreezer.groups, reached, self._steps_per_epoch, copies)
-        Console().print(plan_table(rows, f"{self.schedule}, {state.max_steps} steps".replace("[", r"\[")))
+        if copies is not None:
+            copies += len(self.unfreezer.kept)  # the weights to return to
+        groups, schedule = self.unfreezer.groups, self.unfreezer.schedule
+        later = schedule.decided(groups)[len(reached) - 1 :]
+        rows = plan_rows(model, groups, reached, self._steps_per_epoch, copies, later)
+        Console().print(plan_table(rows, f"{schedule}, {state.max_steps} steps".replace("[", r"\[")))
 
     def _attach(self, trainer: Trainer) -> None:
         """Come before the reporters, so that what on_log adds reaches them; watch for the end of training."""

@@ -86,8 +86,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     model = _meta_model(arguments.model, arguments.head)
     groups = layer_groups(model)
     phases = schedule.phases(groups, total, arguments.steps_per_epoch)
-    rows = plan_rows(model, groups, [phase for phase in phases if phase.start < total], arguments.steps_per_epoch)
-    late = len(phases) - len(rows)
+    reached = [phase for phase in phases if phase.start < total]
+    rows = plan_rows(model, groups, reached, arguments.steps_per_epoch, decided=schedule.decided(groups))
+    late = len(phases) - len(reached)
     title = f"{schedule} on {type(model).__name__}, {total} steps" + (f"; {late} phases not reached" if late else "")
     _show(arguments, [dataclasses.asdict(row) for row in rows], lambda: plan_table(rows, title.replace("[", r"\[")))
 

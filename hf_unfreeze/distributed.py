@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +12,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ._agreement import agree
+from ._agreement import agree, told
 from ._reducer import active_ddp, can_rebuild, rebuild, reduced_tensors, refuse_options
 from ._sharded import Sharded, is_sharded, reshard
 from .errors import EnvironmentRefused
 from .freezing import Follower
 
-__all__ = ["DEEPSPEED", "ReducerSync", "process_followers", "refuse_wrappers", "unwrap"]
+__all__ = ["DEEPSPEED", "ReducerSync", "of_rank_0", "process_followers", "refuse_wrappers", "unwrap"]
 
 DEEPSPEED = (
     "DeepSpeed keeps parameters, gradients and optimizer state in flat buffers that do not follow requires_grad. "
@@ -85,6 +86,15 @@ def process_followers(
         return [Agreement(said), Sharded(root, optimizer)]
     wrapper = next((layer for layer in _layers(model) if isinstance(layer, DistributedDataParallel)), None)
     return [ReducerSync(root, wrapper, opened, said)]
+
+
+def of_rank_0(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of rank 0, on every rank: what is decided from them must be decided alike."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return dict(metrics)
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    result: dict[str, Any] = json.loads(told(_world(), json.dumps(numbers)))
+    return result
 
 
 class Agreement:

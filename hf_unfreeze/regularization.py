@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .errors import EnvironmentRefused, UnfreezeError
+from ._kept import Kept
 from .groups import LayerGroup, layer_groups
 from .schedule import parse_selectors
 
 __all__ = ["Pull", "RaisedDropout", "reinitialize"]
-
-ANCHORS = "unfreeze_anchors.safetensors"
 
 # Attention layers of transformers keep a probability as a number and call the functional dropout with it.
 _DROPOUT_NUMBERS = ("dropout", "attention_dropout", "activation_dropout", "attn_dropout", "hidden_dropout")
@@ -44,37 +40,16 @@ class Pull:
         rates: Callable[[], Mapping[int, float]],
         strength: float,
     ) -> None:
-        if any(hasattr(parameter, "device_mesh") for parameter in parameters.values()):
-            raise EnvironmentRefused("pull is not available for sharded parameters (FSDP2). Write pull=0.")
+        self.kept = Kept(parameters, "pull=0", "unfreeze_anchors.safetensors")
+        self.anchors = self.kept.weights
         self._parameters = parameters
         self._rates = rates
         self._strength = strength
-        self.anchors: dict[str, torch.Tensor] = {}
         self._hook = optimizer.register_step_post_hook(self._after)
 
     def update(self) -> None:
         """Remember the weights of what has opened just now."""
-        for name, parameter in self._parameters.items():
-            if parameter.requires_grad and name not in self.anchors:
-                self.anchors[name] = parameter.detach().clone()
-
-    def save(self, checkpoint: Path) -> None:
-        """Put the weights to pull to into a checkpoint, which holds the trained ones."""
-        save_file({name: anchor.cpu() for name, anchor in self.anchors.items()}, checkpoint / ANCHORS)
-
-    def load(self, checkpoint: Path | None) -> None:
-        """Take the weights to pull to from a checkpoint: by now the model holds trained ones.
-
-        Raises:
-            UnfreezeError: The checkpoint was written without ``pull``.
-        """
-        if checkpoint is None or not (checkpoint / ANCHORS).is_file():
-            raise UnfreezeError(
-                f"the checkpoint {checkpoint} has no {ANCHORS}: it was written with pull=0, and the weights to pull to "
-                "are not in it. Write pull=0, or start again from the pretrained model."
-            )
-        for name, anchor in load_file(checkpoint / ANCHORS).items():
-            self.anchors[name] = anchor.to(self._parameters[name])
+        self.kept.update()
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -18,12 +18,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
-from ._named import NAMED, Change, Value
+from ._arguments import check_arguments, read_arguments, write_arguments
+from ._named import NAMED, Change, Value, openings
 from ._spec import Entry, Group, Selector, Time, spec_of
-from .errors import ScheduleError, near_match
+from .errors import ScheduleError
 
 __all__ = [
     "Entry",
@@ -36,6 +36,7 @@ __all__ = [
     "linear_probe",
     "parse_schedule",
     "parse_selectors",
+    "plateau",
     "rotate",
     "spec_of",
 ]
@@ -50,10 +51,14 @@ class Phase:
     Args:
         start: Optimizer step (``state.global_step``) from which it holds.
         trainable: Names of the trainable groups, bottom → top.
+        reason: Why it began, in words and numbers, where the data decided.
+        restores: Whether it begins by going back to the best weights.
     """
 
     start: int
     trainable: tuple[str, ...]
+    reason: str = ""
+    restores: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class Schedule:
         self, groups: Sequence[Group], total_steps: int | None = None, steps_per_epoch: int | None = None
     ) -> tuple[Phase, ...]:
         """List every phase, also those that begin after the last step, in the order of their steps.
+
+        Where the data decides, only the first is known; ``decided`` lists what may follow.
 
         Args:
             groups: ``layer_groups(model)``, bottom → top.
@@ -113,6 +120,17 @@ class Schedule:
                 phases.append(Phase(start, names_at))
         return tuple(phases)
 
+    def decided(self, groups: Sequence[Group]) -> tuple[tuple[str, ...], ...]:
+        """List the trainable sets, in order, whose time the data will decide; none of a timed schedule."""
+        if not (self.name and NAMED[self.name].decided):
+            return ()
+        opened: set[str] = set()
+        sets = []
+        for names in openings(groups, dict(self.arguments)):
+            opened |= names
+            sets.append(tuple(group.name for group in groups if group.name in opened and group.parameter_names))
+        return tuple(sets[1:])
+
     def _changes(self, groups: Sequence[Group]) -> list[Change]:
         changes: list[Change] = []
         faults: list[str] = []
@@ -128,7 +146,7 @@ class Schedule:
     def __str__(self) -> str:
         if not self.name:
             return ", ".join(map(str, self.entries))
-        arguments = ", ".join(f"{key}={str(value).lower()}" for key, value in self.arguments)
+        arguments = write_arguments(self.name, self.arguments)
         return f"{self.name}({arguments})" if arguments else self.name
 
 
@@ -148,7 +166,8 @@ def parse_schedule(spec: str | Schedule) -> Schedule:
         raise ScheduleError(f"a schedule is a string or a Schedule, not {spec!r} ({type(spec).__name__}).")
     named = _NAMED.fullmatch(spec.strip())
     if named:
-        return _parse_named(*named.groups())
+        name, text = named.groups()
+        return Schedule(name=name, arguments=read_arguments(name, text))
     entries: list[Entry] = []
     faults: list[str] = []
     for position, part in enumerate(spec.split(","), 1):
@@ -172,54 +191,8 @@ def parse_selectors(selectors: str) -> Schedule:
     return parse_schedule(", ".join(f"{part}@0" for part in selectors.split(",")))
 
 
-def _parse_named(name: str, text: str | None) -> Schedule:
-    if name not in NAMED:
-        selectors = ("head", "embeddings", "block", "all")
-        hint = f" To open it at a time, write {name}@0 or {name}@1ep." if name in selectors else near_match(name, NAMED)
-        raise ScheduleError(f"{name!r} is no named schedule. There are {', '.join(NAMED)}.{hint}")
-    allowed = NAMED[name].arguments
-    given: dict[str, Any] = {}
-    for part in text.split(",") if text and text.strip() else ():
-        key, equals, value = (piece.strip() for piece in part.partition("="))
-        if key not in allowed or not equals:
-            example = ", ".join(f"{k}={str(v).lower()}" for k, v in allowed.items()) or "no arguments"
-            raise ScheduleError(
-                f"{part.strip()!r} is no argument of {name}. It takes {example}.{near_match(key, allowed)}"
-            )
-        if key in given:
-            raise ScheduleError(f"{name} is given {key} twice. Write it once.")
-        given[key] = _parse_value(key, value, allowed[key])
-    return _build_named(name, given)
-
-
-def _parse_value(key: str, text: str, default: Value) -> Value:
-    """Read an argument as the type of its default."""
-    if isinstance(default, Time):
-        return Time.parse(text)
-    if isinstance(default, bool):
-        if text not in ("true", "false"):
-            raise ScheduleError(f"{key}={text}: write {key}=true or {key}=false.")
-        return text == "true"
-    if isinstance(default, str):
-        return text
-    if not (text.isascii() and text.isdecimal()):
-        raise ScheduleError(f"{key}={text}: write a whole number, for instance {key}={default}.")
-    return int(text)
-
-
 def _build_named(name: str, given: dict[str, Any]) -> Schedule:
-    row = NAMED[name]
-    defaults = row.arguments
-    arguments = {**defaults, **given}
-    for key, value in arguments.items():
-        if type(value) is not type(defaults[key]):
-            raise ScheduleError(f"{name}: {key}={value!r} is of no use. Write for instance {key}={defaults[key]}.")
-        if key in row.choices and value not in row.choices[key]:
-            allowed = ", ".join(row.choices[key])
-            raise ScheduleError(f"{name}: {key}={value} is none of {allowed}.{near_match(value, row.choices[key])}")
-        if value in (0, Time(Fraction(0))) and not isinstance(value, bool) and key not in row.zero:
-            raise ScheduleError(f"{name}: {key} must be more than 0. Write for instance {key}={defaults[key]}.")
-    return Schedule(name=name, arguments=tuple(arguments.items()))
+    return Schedule(name=name, arguments=check_arguments(name, given))
 
 
 def _time(value: str | Time) -> Time:
@@ -300,3 +273,46 @@ def rotate(
     """
     given = {"blocks": blocks, "seed": seed, "order": order, "embeddings": embeddings, "head": head}
     return _build_named("rotate", {**given, "every": _time(every)})
+
+
+def plateau(
+    metric: str = "",
+    patience: int = 2,
+    min_delta: float = 0.0,
+    mode: str = "auto",
+    at_least: str | Time = "0",
+    at_most: str | Time | None = None,
+    stop: str = "none",
+    back: bool = True,
+    restore_best: bool = False,
+    blocks: int = 1,
+    embeddings: bool = True,
+) -> Schedule:
+    """Open what ``gradual`` opens next whenever a validation metric has stopped improving.
+
+    Example:
+        >>> str(plateau("eval_loss", patience=2, at_most="3ep"))
+        'plateau(eval_loss, patience=2, at_most=3ep)'
+
+    Args:
+        metric: As the Trainer reports it; by default ``metric_for_best_model``.
+        patience: Evaluations without improvement, one after the other, until the next opening.
+        min_delta: What an improvement must exceed.
+        mode: ``min`` or ``max``; ``auto`` follows ``greater_is_better``, else the name of the metric.
+        at_least: Time that a phase lasts at least.
+        at_most: Time after which the next group opens in any case.
+        stop: ``no_gain`` ends unfreezing when the last opening brought no new best.
+        back: Whether it then goes back to the best weights and their trainable set, or stays.
+        restore_best: Whether each opening begins from the best weights so far.
+        blocks: Blocks that open at a time.
+        embeddings: Whether the embeddings open at last.
+
+    Raises:
+        ScheduleError: An argument of the wrong kind; later, no evaluation, or a metric that is not reported.
+
+    Reference: FTS, finetuning-scheduler (github.com/speediedan/finetuning-scheduler).
+    """
+    given = {"metric": metric, "patience": patience, "min_delta": float(min_delta), "mode": mode, "stop": stop,
+             "back": back, "restore_best": restore_best, "blocks": blocks, "embeddings": embeddings}  # fmt: skip
+    times = {"at_least": _time(at_least), "at_most": at_most if at_most is None else _time(at_most)}
+    return _build_named("plateau", {**given, **times})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,9 +14,11 @@ from torch import nn
 from ._adapters import eligible_groups
 from ._checkpointing import Checkpointing
 from ._compiling import GraphLimit
+from ._kept import BestWeights, Kept
 from ._options import Options, parse_warmup
+from ._plateau import decisions_of
 from .cache import FrozenPrefixCache
-from .distributed import process_followers, refuse_wrappers, unwrap
+from .distributed import of_rank_0, process_followers, refuse_wrappers, unwrap
 from .errors import OptimizerError, UnfreezeError
 from .freezing import Follower, FrozenEval, apply_trainable
 from .groups import layer_groups
@@ -30,12 +34,13 @@ _ANNOUNCED = 32  # phases that ranks compare ahead: a schedule that rotates has 
 
 @dataclass(frozen=True)
 class Transition:
-    """What changed at a step: the phase that began, its trainable set as a spec, and that set's parameters."""
+    """What changed at a step: the phase that began, its trainable set as a spec, that set's parameters, and why."""
 
     step: int
     phase: int
     trainable: str
     trainable_params: int
+    reason: str = ""
 
 
 class Unfreezer:
@@ -100,7 +105,7 @@ class Unfreezer:
         named = dict(root.named_parameters())
         self.schedule = parse_schedule(schedule)
         self.groups = eligible_groups(root, layer_groups(root))
-        self.phases = self.schedule.phases(self.groups, total_steps, steps_per_epoch)
+        self.decisions = decisions_of(self.schedule, self.groups, total_steps, steps_per_epoch)
         self._decay = decay_multipliers(self.groups, layer_decay)
         warmup = parse_warmup(block_warmup)
         self._warmup = warmup.to_step(total_steps, steps_per_epoch) if warmup else 0
@@ -114,6 +119,7 @@ class Unfreezer:
         self._flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
         self._followers: list[Follower] = []
         self.pull: Pull | None = None
+        self.best: BestWeights | None = None
         self._closed = False
         with ExitStack() as stack:
             stack.callback(self.close)  # what raises while hooks are set leaves none behind
@@ -139,7 +145,10 @@ class Unfreezer:
             self._followers.append(RaisedDropout(root, options.dropout))
         if options.drop_state:
             self._followers.append(DropState(self.optimizer, members.values()))
-        opened = {name for phase in self.phases for name in phase.trainable}
+        if self.decisions.keeps_best:
+            self.best = BestWeights(members, root.named_buffers())
+            self._followers.append(self.best)
+        opened = self.decisions.may_open
         trained = [p for group, parameters in self._members if group.name in opened for p in parameters]
         self._followers += process_followers(model, self.optimizer, trained, self._announcement)
 
@@ -156,16 +165,41 @@ class Unfreezer:
         if self._closed:
             raise UnfreezeError("this Unfreezer is closed. Make a new one for another run.")
         self._step = global_step
+        self.decisions.advance(global_step)
         phase = max((phase for phase in self.phases if phase.start <= global_step), key=lambda phase: phase.start)
         if phase is self._current:
             return None
         self._current = phase
+        if self.best and phase.restores and phase.start == global_step:  # and not where a run resumed later on
+            self.best.restore()
         apply_trainable(self._members, phase.trainable)
         for follower in self._followers:
             follower.update()
         spec = spec_of(phase.trainable, self.groups)
-        self._transition = Transition(global_step, self.phases.index(phase), spec, self.parameters_in(phase))
+        number = self.phases.index(phase)
+        self._transition = Transition(global_step, number, spec, self.parameters_in(phase), phase.reason)
         return self._transition
+
+    def observe(self, metrics: Mapping[str, Any], global_step: int | None = None) -> None:
+        """Take note of an evaluation, from which a schedule such as ``plateau`` decides; call it on every rank.
+
+        Args:
+            metrics: Name → number. On several ranks those of rank 0 hold.
+            global_step: Optimizer updates done so far; by default one more than at the last ``step()``.
+        """
+        step = self._step + 1 if global_step is None else global_step
+        if self.schedule.decided(self.groups) and self.decisions.observe(of_rank_0(metrics), step) and self.best:
+            self.best.take()
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Every phase that is known by now, in the order of their steps."""
+        return self.decisions.phases
+
+    @property
+    def kept(self) -> list[Kept]:
+        """The copies of weights that a resumed run needs."""
+        return [kept for kept in (self.pull and self.pull.kept, self.best) if kept]
 
     @property
     def transition(self) -> Transition:
@@ -234,7 +268,7 @@ class Unfreezer:
     def _check_covered(self) -> None:
         """Refuse what would be frozen for ever in silence: parameters that the optimizer does not hold."""
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        opened = {name for phase in self.phases for name in phase.trainable}
+        opened = self.decisions.may_open
         missing = [
             (name, parameter.requires_grad)
             for group, parameters in self._members

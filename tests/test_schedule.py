@@ -114,7 +114,7 @@ BAD = {
     "": "has no time",
     "head": r"write head@0",
     "gradul": "Did you mean 'gradual'",
-    "plateau": "no named schedule",
+    "plateu(loss)": "Did you mean 'plateau'",
     "gradual(evry=1ep)": "Did you mean 'every'",
     "gradual(every)": "It takes every=1ep",
     "gradual(every=1)": "1step, 1ep or 1%",

@@ -64,8 +64,8 @@ def test_deepspeed_is_refused(make_trainer, stage):
         Unfreezer(engine, torch.optim.SGD(engine.parameters(), lr=0.1), SCHEDULE)
 
 
-# The cache copies stored activations to the device of the batch, and Pull its weights into a file and back.
-MAY_COPY = {"_activations", "_keys", "_shadow", "regularization"}
+# The cache copies stored activations to the device of the batch; weights kept go into a file and back.
+MAY_COPY = {"_activations", "_keys", "_kept", "_shadow"}
 FILES = [path for path in sorted(Path(hf_unfreeze.__file__).parent.glob("*.py")) if path.stem not in MAY_COPY]
 
 
