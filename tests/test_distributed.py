@@ -42,7 +42,9 @@ def launch(launcher: list[str], script: Path | str, *arguments: str, timeout: in
 def children(script: str, folder: Path, *scenarios: str, check: bool = True, launcher=TORCHRUN) -> list[dict]:
     """Launch a child on two processes and return what each rank wrote."""
     done = launch(launcher, LAUNCHED / f"{script}.py", str(folder / script), *scenarios)
-    written = [json.loads((folder / f"{script}.{rank}.json").read_text()) for rank in range(2)]
+    paths = [folder / f"{script}.{rank}.json" for rank in range(2)]
+    assert all(path.exists() for path in paths), done.stderr[-3000:]
+    written = [json.loads(path.read_text()) for path in paths]
     errors = [
         result["error"]
         for rank in written
@@ -226,3 +228,14 @@ def test_fsdp1_is_refused_with_the_cure(fsdp):
     assert (
         fsdp["fsdp1"]["raised"].startswith("EnvironmentRefused: FSDP1") and "fsdp_version: 2" in fsdp["fsdp1"]["raised"]
     )
+
+
+def test_a_killed_rank_ends_the_other_and_the_next_launch_ends_in_the_same_weights(tmp_path):
+    killed = launch(TORCHRUN, LAUNCHED / "killed.py", str(tmp_path / "killed"))
+    assert killed.returncode and "Signal 9 (SIGKILL)" in killed.stderr
+    (result, _) = children("killed", tmp_path)
+    assert result["restarted"] == {"from": "checkpoint-4", "equal": True, "phases": [0, 3, 7, 13, 15]}
+    one = trainer_runs.make(tmp_path / "one")
+    one.train()
+    torch.save(one.model.state_dict(), tmp_path / "one.pt")
+    assert distance(tmp_path, "killed", "one") < 1e-12

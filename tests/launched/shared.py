@@ -100,6 +100,7 @@ def run(scenarios: dict[str, Callable[[], dict]]) -> None:
             results[name] = scenarios[name]()
         except Exception:  # noqa: BLE001 - the parent shows it
             results[name] = {"error": traceback.format_exc()}
+            print(results[name]["error"], file=sys.stderr)
             break  # the ranks may be apart now
     path = Path(f"{output}.{os.environ['RANK']}.json")
     path.write_text(json.dumps({"world_size": dist.get_world_size(), **results}))
