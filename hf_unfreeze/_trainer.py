@@ -15,7 +15,7 @@ from ._plan import model_card_section
 from ._plateau import with_metric
 from .distributed import DEEPSPEED
 from .errors import EnvironmentRefused
-from .schedule import Schedule
+from .schedule import Schedule, parse_schedule
 
 __all__ = [
     "calling_trainer",
@@ -35,10 +35,10 @@ def refuse(args: TrainingArguments) -> None:
         raise EnvironmentRefused(DEEPSPEED)
 
 
-def complete_schedule(schedule: Schedule, args: TrainingArguments) -> Schedule:
+def complete_schedule(schedule: str | Schedule, args: TrainingArguments) -> Schedule:
     """Fill in what the arguments say of the best model, where a schedule leaves it open."""
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
-    return with_metric(schedule, args.metric_for_best_model, args.greater_is_better, evaluates)
+    return with_metric(parse_schedule(schedule), args.metric_for_best_model, args.greater_is_better, evaluates)
 
 
 def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

@@ -123,6 +123,15 @@ def test_without_torchs_private_names_it_falls_back_or_names_the_cure(ddp):
     assert "ddp_find_unused_parameters=True" in result["refused"]
 
 
+def test_the_metrics_of_rank_0_decide_on_every_rank(tmp_path):
+    result = children("evaluations", tmp_path)[0]
+    for scenario in ("alike", "apart"):
+        first, second = result[scenario]["phases"]
+        assert first == second and result[scenario]["equal"], scenario
+        assert [start for start, *_ in first] == [0, 4, 7, 9] and "going back to it" in first[-1][2]
+    assert result["alike"]["phases"] == result["apart"]["phases"]
+
+
 def test_ranks_that_disagree_all_raise_before_a_weight_moves(tmp_path):
     results = children("disagree", tmp_path, "schedule", "set", "step")[0]
     said = {
