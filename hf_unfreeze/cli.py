@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -77,11 +78,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from .groups import layer_groups
     from .schedule import parse_schedule
 
-    if arguments.max_steps is None and (arguments.epochs is None or arguments.steps_per_epoch is None):
-        raise UnfreezeError("the length of the run is missing. Give --epochs with --steps-per-epoch, or --max-steps.")
-    import math
-
-    total = arguments.max_steps or math.ceil(arguments.epochs * arguments.steps_per_epoch)
+    total = _length(arguments)
     schedule = parse_schedule(arguments.schedule)
     model = _meta_model(arguments.model, arguments.head)
     groups = layer_groups(model)
@@ -91,6 +88,21 @@ def _plan(arguments: argparse.Namespace) -> None:
     late = len(phases) - len(reached)
     title = f"{schedule} on {type(model).__name__}, {total} steps" + (f"; {late} phases not reached" if late else "")
     _show(arguments, [dataclasses.asdict(row) for row in rows], lambda: plan_table(rows, title.replace("[", r"\[")))
+
+
+def _length(arguments: argparse.Namespace) -> int:
+    """Return the optimizer updates of the run that the arguments describe."""
+    for name in ("epochs", "steps_per_epoch", "max_steps"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UnfreezeError(f"--{name.replace('_', '-')} {value}: write a number above 0.")
+    if arguments.max_steps is not None:
+        return int(arguments.max_steps)
+    if arguments.epochs is None or arguments.steps_per_epoch is None:
+        raise UnfreezeError("the length of the run is missing. Give --epochs with --steps-per-epoch, or --max-steps.")
+    epochs: float = arguments.epochs
+    per_epoch: int = arguments.steps_per_epoch
+    return math.ceil(epochs * per_epoch)
 
 
 def _groups(arguments: argparse.Namespace) -> None:

@@ -89,6 +89,9 @@ def test_the_page_of_architectures_and_that_others_are_detected(capsys):
         (["--schedule", "gradul", "--max-steps", "9"], "Did you mean 'gradual'"),
         (["--schedule", "block[20]@0", "--max-steps", "9"], "lies outside this model"),
         (["--epochs", "3"], "Give --epochs with --steps-per-epoch, or --max-steps"),
+        (["--max-steps", "0"], "--max-steps 0: write a number above 0"),
+        (["--epochs", "-1", "--steps-per-epoch", "5"], "--epochs -1.0: write a number above 0"),
+        (["--epochs", "nan", "--steps-per-epoch", "5"], "--epochs nan: write a number above 0"),
     ],
 )
 def test_a_bad_argument_is_one_line_and_exit_code_2(folder, capsys, arguments, message):
