@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ._decisions import is_transition
 from .schedule import spec_of
 from .unfreezer import Transition, Unfreezer
 
@@ -24,14 +25,7 @@ def as_record(transition: Transition) -> dict[str, Any]:
 
 def past_transitions(log_history: Iterable[Any]) -> list[dict[str, Any]]:
     """Return the records of transitions; what anybody else wrote into the history is passed over."""
-    return [
-        record
-        for record in log_history
-        if isinstance(record, dict)
-        and isinstance(record.get("unfreeze/phase"), int)
-        and isinstance(record.get("unfreeze/trainable"), str)
-        and isinstance(record.get("step"), int)
-    ]
+    return [record for record in log_history if is_transition(record)]
 
 
 def divergence(unfreezer: Unfreezer, log_history: Iterable[Any], step: int) -> str:

@@ -163,4 +163,9 @@ NAMED = {
         tuple(key for key in _PLATEAU if key != "patience"),
         decided=True,
     ),
+    "auto": NamedSchedule(
+        {"criterion": "", "blocks": 1, "every": Time(Fraction(1), "ep"), "batches": 8, "embeddings": True},
+        _gradual_changes,
+        positional="criterion",
+    ),
 }

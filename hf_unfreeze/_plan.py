@@ -101,6 +101,8 @@ def plan_table(rows: Sequence[PlanRow], title: str) -> Table:
         )
     if len(rows) > _SHOWN:
         table.caption = _more(rows)
+    elif title.startswith("auto("):
+        table.caption = "as if from the top: the gradients decide which blocks"
     elif any(row.start_step is None for row in rows):
         table.caption = "data: the evaluations decide when"
     return table

@@ -1,57 +1,20 @@
-"""When the next phase begins: at times known beforehand, or when validation says so."""
+"""When the next phase begins, where validation says so: ``plateau``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from ._spec import Group
 from .errors import ScheduleError, near_match
 from .schedule import Phase, Schedule
 
-__all__ = ["Decisions", "Plateau", "Timed", "decisions_of", "with_metric"]
+__all__ = ["Plateau", "with_metric"]
 
 # Last word of a metric of which less is better; of any other, more is.
 _LESS_IS_BETTER = ("loss", "perplexity", "error", "wer", "cer", "ter", "eer", "mse", "rmse", "mae", "fid")
-
-
-class Decisions(Protocol):
-    """What is known so far of the phases of a run."""
-
-    phases: tuple[Phase, ...]
-    may_open: frozenset[str]
-    keeps_best: bool
-
-    def advance(self, step: int) -> None:
-        """Decide all that is due up to a step."""
-
-    def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
-        """Take note of an evaluation after ``step`` updates; return whether none was better."""
-
-    def replay(self, records: Iterable[Any], step: int) -> None:
-        """Decide again what a run decided whose ``log_history`` this is, up to a step."""
-
-
-class Timed:
-    """Phases that are all known beforehand."""
-
-    keeps_best = False
-
-    def __init__(self, phases: tuple[Phase, ...]) -> None:
-        self.phases = phases
-        self.may_open = frozenset(name for phase in phases for name in phase.trainable)
-
-    def advance(self, step: int) -> None:
-        """Nothing is left to decide."""
-
-    def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
-        """Evaluations change nothing."""
-        return False
-
-    def replay(self, records: Iterable[Any], step: int) -> None:
-        """Nothing was decided."""
 
 
 class Plateau:
@@ -177,15 +140,6 @@ class Plateau:
         if than is None or math.isnan(value):
             return not math.isnan(value)
         return (value - than if self._greater else than - value) > self._min_delta
-
-
-def decisions_of(
-    schedule: Schedule, groups: Sequence[Group], total_steps: int | None, steps_per_epoch: int | None
-) -> Decisions:
-    """Return what decides on the phases of a schedule."""
-    if schedule.name == "plateau":
-        return Plateau(schedule, groups, total_steps, steps_per_epoch)
-    return Timed(schedule.phases(groups, total_steps, steps_per_epoch))
 
 
 def with_metric(schedule: Schedule, metric: str | None, greater: bool | None, evaluates: bool) -> Schedule:

@@ -7,12 +7,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
+import torch
+from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from ._plan import model_card_section
 from ._plateau import with_metric
+from ._probe import Probe
 from .distributed import DEEPSPEED
 from .errors import EnvironmentRefused
 from .schedule import Schedule, parse_schedule
@@ -23,6 +26,7 @@ __all__ = [
     "complete_schedule",
     "extend_model_card",
     "newest_checkpoint",
+    "probe_of",
     "refuse",
     "restart_patience",
     "steps_per_epoch",
@@ -39,6 +43,30 @@ def complete_schedule(schedule: str | Schedule, args: TrainingArguments) -> Sche
     """Fill in what the arguments say of the best model, where a schedule leaves it open."""
     evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
     return with_metric(parse_schedule(schedule), args.metric_for_best_model, args.greater_is_better, evaluates)
+
+
+def probe_of(trainer: Trainer | None) -> Probe | None:
+    """Return batches of the Trainer's data sets, and its loss; its own loaders and random states are left alone."""
+    if trainer is None:
+        return None
+    size, part, parts = trainer.args.per_device_train_batch_size, trainer.args.process_index, trainer.args.world_size
+
+    def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        with trainer.compute_loss_context_manager():
+            return cast("torch.Tensor", trainer.compute_loss(model, trainer._prepare_inputs(batch)))
+
+    def batches(data: Any, count: int) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(trainer.args.seed)
+        drawn = torch.randperm(len(data), generator=generator)[part::parts][: count * size].tolist()
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, "probe")
+        return iter([collate([data[i] for i in drawn[n : n + size]]) for n in range(0, len(drawn), size)])
+
+    held_out = trainer.eval_dataset
+    held_out = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
+    if not hasattr(trainer.train_dataset, "__len__"):
+        return None
+    validation = functools.partial(batches, held_out) if hasattr(held_out, "__len__") else None
+    return Probe(loss, functools.partial(batches, trainer.train_dataset), validation)
 
 
 def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

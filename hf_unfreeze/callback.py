@@ -19,6 +19,7 @@ from ._trainer import (
     complete_schedule,
     extend_model_card,
     newest_checkpoint,
+    probe_of,
     refuse,
     restart_patience,
     steps_per_epoch,
@@ -180,6 +181,7 @@ class UnfreezeCallback(TrainerCallback):
             total_steps=state.max_steps,
             steps_per_epoch=self._steps_per_epoch,
             cache=self.cache,
+            probe=probe_of(trainer),
             **vars(self._options()),
         )
         if trainer is not None:
@@ -252,12 +254,13 @@ class UnfreezeCallback(TrainerCallback):
 
         if self.unfreezer is None:
             return
-        reached = [phase for phase in self.unfreezer.phases if phase.start < state.max_steps]
         copies = state_copies(self.unfreezer.optimizer)
         if copies is not None:
             copies += len(self.unfreezer.kept)  # the weights to return to
         groups, schedule = self.unfreezer.groups, self.unfreezer.schedule
-        later = schedule.decided(groups)[len(reached) - 1 :]
+        planned = schedule.phases(groups, state.max_steps, self._steps_per_epoch)
+        reached = [phase for phase in planned if phase.start < state.max_steps]
+        later = schedule.decided(groups)
         rows = plan_rows(model, groups, reached, self._steps_per_epoch, copies, later)
         Console().print(plan_table(rows, f"{schedule}, {state.max_steps} steps".replace("[", r"\[")))
 

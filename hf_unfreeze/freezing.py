@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,15 @@ from torch import nn
 from .groups import LayerGroup, layer_groups
 from .schedule import parse_selectors
 
-__all__ = ["Follower", "FrozenEval", "TrainableSummary", "apply_trainable", "set_trainable", "trainable_summary"]
+__all__ = [
+    "Follower",
+    "FrozenEval",
+    "TrainableSummary",
+    "apply_trainable",
+    "flags_lent",
+    "set_trainable",
+    "trainable_summary",
+]
 
 
 def apply_trainable(groups: Iterable[tuple[LayerGroup, Sequence[nn.Parameter]]], trainable: Iterable[str]) -> None:
@@ -26,6 +35,19 @@ def apply_trainable(groups: Iterable[tuple[LayerGroup, Sequence[nn.Parameter]]],
             parameter.requires_grad_(opened)
             if not opened:
                 parameter.grad = None
+
+
+@contextmanager
+def flags_lent(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let parameters require grad for a while, to measure theirs; the flags are as before afterwards."""
+    flags = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad_(flag)
 
 
 def set_trainable(model: nn.Module, selectors: str) -> None:

@@ -16,13 +16,11 @@ without a stack means that group of every stack: ``block[-4:]`` is the last four
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from ._arguments import check_arguments, read_arguments, write_arguments
-from ._named import NAMED, Change, Value, openings
-from ._spec import Entry, Group, Selector, Time, spec_of
+from ._arguments import check_arguments, read_arguments
+from ._phases import Phase, Schedule
+from ._spec import Entry, Selector, Time, spec_of
 from .errors import ScheduleError
 
 __all__ = [
@@ -32,6 +30,7 @@ __all__ = [
     "Selector",
     "Time",
     "all_at_once",
+    "auto",
     "gradual",
     "linear_probe",
     "parse_schedule",
@@ -42,112 +41,6 @@ __all__ = [
 ]
 
 _NAMED = re.compile(r"([A-Za-z_]\w*)\s*(?:\((.*)\))?", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """An interval of the run with a constant trainable set.
-
-    Args:
-        start: Optimizer step (``state.global_step``) from which it holds.
-        trainable: Names of the trainable groups, bottom → top.
-        reason: Why it began, in words and numbers, where the data decided.
-        restores: Whether it begins by going back to the best weights.
-    """
-
-    start: int
-    trainable: tuple[str, ...]
-    reason: str = ""
-    restores: bool = False
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A readable, hashable plan of what becomes trainable when; ``str(schedule)`` parses back to an equal one.
-
-    Example:
-        >>> schedule = parse_schedule("head@0, block[-4:]@1ep, all@50%")
-        >>> str(schedule)
-        'head@0, block[-4:]@1ep, all@50%'
-
-    Args:
-        entries: The ``selector@time`` entries, in the order written; empty for a named schedule.
-        name: Name of a named schedule (``gradual`` …), else empty.
-        arguments: ``(name, value)`` of every argument of a named schedule.
-    """
-
-    entries: tuple[Entry, ...] = ()
-    name: str = ""
-    arguments: tuple[tuple[str, Value], ...] = ()
-
-    def phases(
-        self, groups: Sequence[Group], total_steps: int | None = None, steps_per_epoch: int | None = None
-    ) -> tuple[Phase, ...]:
-        """List every phase, also those that begin after the last step, in the order of their steps.
-
-        Where the data decides, only the first is known; ``decided`` lists what may follow.
-
-        Args:
-            groups: ``layer_groups(model)``, bottom → top.
-            total_steps: Optimizer updates of the whole run.
-            steps_per_epoch: Optimizer updates in one epoch.
-
-        Raises:
-            ScheduleError: A selector matches nothing, or a phase would train nothing; all faults in one message.
-        """
-        length = total_steps, steps_per_epoch
-        changes = NAMED[self.name].changes(groups, dict(self.arguments), length) if self.name else self._changes(groups)
-        timed = sorted(((t.to_step(total_steps, steps_per_epoch), names, freeze) for t, names, freeze in changes),
-                       key=lambda change: change[0])  # fmt: skip
-        trainable: set[str] = set()
-        at: dict[int, tuple[str, ...]] = {0: ()}
-        for start, names, freeze in timed:
-            trainable = trainable - names if freeze else trainable | names
-            at[start] = tuple(group.name for group in groups if group.name in trainable and group.parameter_names)
-        phases: list[Phase] = []
-        for start, names_at in at.items():
-            if not names_at:
-                raise ScheduleError(
-                    f"schedule {str(self)!r} trains nothing from step {start} on"
-                    + (
-                        f" ({', '.join(sorted(trainable))} has no parameter of its own in this model)"
-                        if trainable and start == 0
-                        else ""
-                    )
-                    + ". Open something at that time, for instance head@0 or block[-1]@0."
-                )
-            if not phases or names_at != phases[-1].trainable:
-                phases.append(Phase(start, names_at))
-        return tuple(phases)
-
-    def decided(self, groups: Sequence[Group]) -> tuple[tuple[str, ...], ...]:
-        """List the trainable sets, in order, whose time the data will decide; none of a timed schedule."""
-        if not (self.name and NAMED[self.name].decided):
-            return ()
-        opened: set[str] = set()
-        sets = []
-        for names in openings(groups, dict(self.arguments)):
-            opened |= names
-            sets.append(tuple(group.name for group in groups if group.name in opened and group.parameter_names))
-        return tuple(sets[1:])
-
-    def _changes(self, groups: Sequence[Group]) -> list[Change]:
-        changes: list[Change] = []
-        faults: list[str] = []
-        for entry in self.entries:
-            try:
-                changes.append((entry.time, frozenset(entry.selector.select(groups)), entry.freeze))
-            except ScheduleError as error:
-                faults.append(f"{entry}: {error}")
-        if faults:
-            raise ScheduleError(f"schedule {str(self)!r} does not fit the model.\n  " + "\n  ".join(faults))
-        return changes
-
-    def __str__(self) -> str:
-        if not self.name:
-            return ", ".join(map(str, self.entries))
-        arguments = write_arguments(self.name, self.arguments)
-        return f"{self.name}({arguments})" if arguments else self.name
 
 
 def parse_schedule(spec: str | Schedule) -> Schedule:
@@ -316,3 +209,30 @@ def plateau(
              "back": back, "restore_best": restore_best, "blocks": blocks, "embeddings": embeddings}  # fmt: skip
     times = {"at_least": _time(at_least), "at_most": at_most if at_most is None else _time(at_most)}
     return _build_named("plateau", {**given, **times})
+
+
+def auto(
+    criterion: str, blocks: int = 1, every: str | Time = "1ep", batches: int = 8, embeddings: bool = True
+) -> Schedule:
+    """Open the head first, then at regular times the blocks that a criterion finds most worth training.
+
+    Before each opening the gradients of the closed blocks are measured on a few batches; training is not disturbed.
+
+    Example:
+        >>> str(auto("validation_gradient", every="0.5ep"))
+        'auto(validation_gradient, blocks=1, every=0.5ep, batches=8, embeddings=true)'
+
+    Args:
+        criterion: A name from ``hf_unfreeze.criteria``, or of a criterion of your own (``register_criterion``).
+        blocks: Blocks that open at a time.
+        every: Time between two openings.
+        batches: Batches to measure on; fewer where an opening would cost more than 5 % of the steps to the next.
+        embeddings: Whether the embeddings open at last.
+
+    Raises:
+        ScheduleError: An argument of the wrong kind; later, an unknown criterion.
+
+    Reference: Surgical fine-tuning, arXiv 2210.11466.
+    """
+    given = {"criterion": criterion, "blocks": blocks, "batches": batches, "embeddings": embeddings}
+    return _build_named("auto", {**given, "every": _time(every)})

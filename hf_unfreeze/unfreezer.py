@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import nn
 from ._adapters import eligible_groups
 from ._checkpointing import Checkpointing
 from ._compiling import GraphLimit
+from ._decisions import decisions_of
 from ._kept import BestWeights, Kept
 from ._options import Options, parse_warmup
-from ._plateau import decisions_of
+from ._probe import Probe, Prober
 from .cache import FrozenPrefixCache
 from .distributed import of_rank_0, process_followers, refuse_wrappers, unwrap
 from .errors import OptimizerError, UnfreezeError
@@ -73,6 +75,7 @@ class Unfreezer:
         drop_state: Whether the optimizer forgets its state of parameters that are frozen again.
         cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: what frozen blocks compute for
             an example is kept for the whole run.
+        probe: Batches on which an ``auto`` schedule measures.
 
     Raises:
         ScheduleError: The schedule cannot be read or does not fit the model or the run.
@@ -96,6 +99,7 @@ class Unfreezer:
         group_weight_decay: str | None = None,
         drop_state: bool = False,
         cache: str | FrozenPrefixCache | None = None,
+        probe: Probe | None = None,
     ) -> None:
         options = Options(layer_decay, block_warmup, frozen_eval, pull, dropout, group_weight_decay, drop_state)
         refuse_wrappers(model)
@@ -105,12 +109,19 @@ class Unfreezer:
         named = dict(root.named_parameters())
         self.schedule = parse_schedule(schedule)
         self.groups = eligible_groups(root, layer_groups(root))
-        self.decisions = decisions_of(self.schedule, self.groups, total_steps, steps_per_epoch)
+        self._members = [(group, [named[name] for name in group.parameter_names]) for group in self.groups]
+        if self.schedule.name == "auto" and cache is not None:
+            raise UnfreezeError(
+                f"{self.schedule} measures gradients inside frozen blocks, and the cache passes them over. "
+                "Write cache=None, or another schedule."
+            )
+        by_name = {group.name: parameters for group, parameters in self._members}
+        prober = partial(Prober, root, by_name, self.optimizer, self.schedule, probe)
+        self.decisions = decisions_of(self.schedule, self.groups, total_steps, steps_per_epoch, prober)
         self._decay = decay_multipliers(self.groups, layer_decay)
         warmup = parse_warmup(block_warmup)
         self._warmup = warmup.to_step(total_steps, steps_per_epoch) if warmup else 0
         self._warn_unreached(total_steps)
-        self._members = [(group, [named[name] for name in group.parameter_names]) for group in self.groups]
         self._check_covered()
 
         self._step = 0

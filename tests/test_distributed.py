@@ -123,8 +123,12 @@ def test_without_torchs_private_names_it_falls_back_or_names_the_cure(ddp):
     assert "ddp_find_unused_parameters=True" in result["refused"]
 
 
-def test_the_metrics_of_rank_0_decide_on_every_rank(tmp_path):
+def test_ranks_with_other_metrics_and_other_gradients_decide_alike(tmp_path):
     result = children("evaluations", tmp_path)[0]
+    for criterion in ("own", "fisher"):
+        first, second = result["chosen"][criterion]
+        assert first == second and result["chosen"][f"{criterion} equal"]
+    assert result["chosen"]["own"][0][1][1] == ["block[1]", "head"], "5 + 5 is more than 9 + 0"
     for scenario in ("alike", "apart"):
         first, second = result[scenario]["phases"]
         assert first == second and result[scenario]["equal"], scenario

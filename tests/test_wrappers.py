@@ -64,8 +64,9 @@ def test_deepspeed_is_refused(make_trainer, stage):
         Unfreezer(engine, torch.optim.SGD(engine.parameters(), lr=0.1), SCHEDULE)
 
 
-# The cache copies stored activations to the device of the batch; weights kept go into a file and back.
-MAY_COPY = {"_activations", "_keys", "_kept", "_shadow"}
+# The cache copies stored activations to the device of the batch, weights kept go into a file and back, and the
+# generators of a device are looked after.
+MAY_COPY = {"_activations", "_keys", "_kept", "_probe", "_shadow"}
 FILES = [path for path in sorted(Path(hf_unfreeze.__file__).parent.glob("*.py")) if path.stem not in MAY_COPY]
 
 

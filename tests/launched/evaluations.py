@@ -1,12 +1,14 @@
-"""Two ranks that see other metrics: those of rank 0 decide, on both, and both go back to the same weights."""
+"""Two ranks that see other metrics and other gradients decide alike, and both end in the same weights."""
 
 from __future__ import annotations
 
 import torch
-from shared import end, everywhere, fp64_bert, ranks_equal, run, start, train
+from shared import batch, end, everywhere, fp64_bert, ranks_equal, run, start, train
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_unfreeze import Unfreezer
+from hf_unfreeze._probe import Probe
+from hf_unfreeze.criteria import register_criterion
 
 RANK, WORLD = start()
 VALUES = [0.9, 0.8, 0.8, 0.8, 0.7, 0.75, 0.75, 0.75, 0.75]
@@ -27,5 +29,33 @@ def decided(values: list[float]) -> dict:
     return {"equal": ranks_equal(model), "phases": everywhere(phases)}
 
 
-run({"alike": lambda: decided(VALUES), "apart": lambda: decided([v - RANK * n for n, v in enumerate(VALUES)])})
+def chosen() -> dict:
+    """Each rank alone would choose another block; the mean over both chooses the same on each."""
+    worth = [{"block[0]": 9.0, "block[1]": 5.0}, {"block[3]": 9.0, "block[1]": 5.0}][RANK]
+    register_criterion("own", lambda evidence: worth.get(evidence.name, 0.0))
+    phases = {}
+    for criterion in ("own", "fisher"):
+        model = fp64_bert()
+        wrapped = DistributedDataParallel(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        probe = Probe(
+            lambda model, rows: model(**rows).loss,
+            lambda count: [batch(99 + number, rank=RANK) for number in range(count)],
+        )
+        schedule = f"auto({criterion}, every=3step, batches=2)"
+        unfreezer = Unfreezer(wrapped, optimizer, schedule, total_steps=13, probe=probe)
+        train(wrapped, unfreezer, optimizer, RANK)
+        phases[criterion] = everywhere([(p.start, list(p.trainable), p.reason) for p in unfreezer.phases])
+        unfreezer.close()
+        phases[f"{criterion} equal"] = ranks_equal(model)
+    return phases
+
+
+run(
+    {
+        "alike": lambda: decided(VALUES),
+        "apart": lambda: decided([v - RANK * n for n, v in enumerate(VALUES)]),
+        "chosen": chosen,
+    }
+)
 end()

@@ -1,0 +1,119 @@
+"""``Phase`` and ``Schedule``: which groups train from which step on. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ._arguments import write_arguments
+from ._named import NAMED, Change, Value, openings
+from ._spec import Entry, Group
+from .errors import ScheduleError
+
+__all__ = ["Phase", "Schedule"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """An interval of the run with a constant trainable set.
+
+    Args:
+        start: Optimizer step (``state.global_step``) from which it holds.
+        trainable: Names of the trainable groups, bottom → top.
+        reason: Why it began, in words and numbers, where the data decided.
+        restores: Whether it begins by going back to the best weights.
+    """
+
+    start: int
+    trainable: tuple[str, ...]
+    reason: str = ""
+    restores: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A readable, hashable plan of what becomes trainable when; ``str(schedule)`` parses back to an equal one.
+
+    Example:
+        >>> schedule = parse_schedule("head@0, block[-4:]@1ep, all@50%")
+        >>> str(schedule)
+        'head@0, block[-4:]@1ep, all@50%'
+
+    Args:
+        entries: The ``selector@time`` entries, in the order written; empty for a named schedule.
+        name: Name of a named schedule (``gradual`` …), else empty.
+        arguments: ``(name, value)`` of every argument of a named schedule.
+    """
+
+    entries: tuple[Entry, ...] = ()
+    name: str = ""
+    arguments: tuple[tuple[str, Value], ...] = ()
+
+    def phases(
+        self, groups: Sequence[Group], total_steps: int | None = None, steps_per_epoch: int | None = None
+    ) -> tuple[Phase, ...]:
+        """List every phase, also those that begin after the last step, in the order of their steps.
+
+        Where the data decides, only the first is known; ``decided`` lists what may follow.
+
+        Args:
+            groups: ``layer_groups(model)``, bottom → top.
+            total_steps: Optimizer updates of the whole run.
+            steps_per_epoch: Optimizer updates in one epoch.
+
+        Raises:
+            ScheduleError: A selector matches nothing, or a phase would train nothing; all faults in one message.
+        """
+        length = total_steps, steps_per_epoch
+        changes = NAMED[self.name].changes(groups, dict(self.arguments), length) if self.name else self._changes(groups)
+        timed = sorted(((t.to_step(total_steps, steps_per_epoch), names, freeze) for t, names, freeze in changes),
+                       key=lambda change: change[0])  # fmt: skip
+        trainable: set[str] = set()
+        at: dict[int, tuple[str, ...]] = {0: ()}
+        for start, names, freeze in timed:
+            trainable = trainable - names if freeze else trainable | names
+            at[start] = tuple(group.name for group in groups if group.name in trainable and group.parameter_names)
+        phases: list[Phase] = []
+        for start, names_at in at.items():
+            if not names_at:
+                raise ScheduleError(
+                    f"schedule {str(self)!r} trains nothing from step {start} on"
+                    + (
+                        f" ({', '.join(sorted(trainable))} has no parameter of its own in this model)"
+                        if trainable and start == 0
+                        else ""
+                    )
+                    + ". Open something at that time, for instance head@0 or block[-1]@0."
+                )
+            if not phases or names_at != phases[-1].trainable:
+                phases.append(Phase(start, names_at))
+        return tuple(phases)
+
+    def decided(self, groups: Sequence[Group]) -> tuple[tuple[str, ...], ...]:
+        """List the trainable sets, in order, whose time the data will decide; none of a timed schedule."""
+        if not (self.name and NAMED[self.name].decided):
+            return ()
+        opened: set[str] = set()
+        sets = []
+        for names in openings(groups, dict(self.arguments)):
+            opened |= names
+            sets.append(tuple(group.name for group in groups if group.name in opened and group.parameter_names))
+        return tuple(sets[1:])
+
+    def _changes(self, groups: Sequence[Group]) -> list[Change]:
+        changes: list[Change] = []
+        faults: list[str] = []
+        for entry in self.entries:
+            try:
+                changes.append((entry.time, frozenset(entry.selector.select(groups)), entry.freeze))
+            except ScheduleError as error:
+                faults.append(f"{entry}: {error}")
+        if faults:
+            raise ScheduleError(f"schedule {str(self)!r} does not fit the model.\n  " + "\n  ".join(faults))
+        return changes
+
+    def __str__(self) -> str:
+        if not self.name:
+            return ", ".join(map(str, self.entries))
+        arguments = write_arguments(self.name, self.arguments)
+        return f"{self.name}({arguments})" if arguments else self.name

@@ -1,0 +1,130 @@
+"""What the gradients say a closed block is worth: one function per criterion, more is better; its source beside it.
+
+A criterion is a function of the ``Evidence`` on one block. Write one of your own and name it::
+
+    register_criterion("mine", lambda evidence: float(sum(g.norm() for g in evidence.gradients)))
+    UnfreezeCallback("auto(mine, every=1ep)")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import ScheduleError, near_match
+
+__all__ = ["Criterion", "Evidence", "find_criterion", "register_criterion"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of one closed block, tensor by tensor in the same order; in evaluation mode, without dropout.
+
+    Args:
+        name: Name of the block.
+        weights: Its parameters.
+        gradients: Mean gradient over the training batches.
+        squares: Mean of the squared gradient of each batch.
+        steps: Direction of the first step that the optimizer would take, without its learning rate.
+        validation: Mean gradient over validation batches; empty for criteria that ask for none.
+        batches: Number of training batches.
+    """
+
+    name: str
+    weights: Sequence[torch.Tensor]
+    gradients: Sequence[torch.Tensor]
+    squares: Sequence[torch.Tensor]
+    steps: Sequence[torch.Tensor]
+    validation: Sequence[torch.Tensor]
+    batches: int
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A function of the evidence, and whether it asks for validation gradients."""
+
+    function: Callable[[Evidence], float]
+    validation: bool = False
+
+
+def relative_gradient_norm(evidence: Evidence) -> float:
+    """Norm of the gradient over the norm of the weights: Auto-RGN of Surgical fine-tuning, arXiv 2210.11466."""
+    return _norm(evidence.gradients) / max(_norm(evidence.weights), 1e-12)
+
+
+def gradient_snr(evidence: Evidence) -> float:
+    """Squared mean of the gradient over its variance between batches: Auto-SNR, arXiv 2210.11466."""
+    mean = _sum(g.square() for g in evidence.gradients)
+    return mean / max(_sum(evidence.squares) - mean, 1e-30)
+
+
+def fisher(evidence: Evidence) -> float:
+    """Mean of the squared gradients, the diagonal of the empirical Fisher information: arXiv 2301.05487."""
+    return _sum(evidence.squares) / sum(square.numel() for square in evidence.squares)
+
+
+def spectrum_snr(evidence: Evidence) -> float:
+    """Singular values above the Marchenko-Pastur edge over those below, by the largest: Spectrum, arXiv 2406.06623."""
+    ratios = [_spectral(weight.float()) for weight in evidence.weights if weight.ndim == 2 and min(weight.shape) > 1]
+    return sum(ratios) / len(ratios) if ratios else math.nan
+
+
+def validation_gradient(evidence: Evidence) -> float:
+    """Inner product of the validation gradient with the step that training would take: what that step would gain.
+
+    One step of meta-learning, as in learning to reweight examples, arXiv 1803.09050.
+    """
+    return _sum(v * step for v, step in zip(evidence.validation, evidence.steps, strict=True))
+
+
+_CRITERIA = {
+    "relative_gradient_norm": Criterion(relative_gradient_norm),
+    "gradient_snr": Criterion(gradient_snr),
+    "fisher": Criterion(fisher),
+    "spectrum_snr": Criterion(spectrum_snr),
+    "validation_gradient": Criterion(validation_gradient, validation=True),
+}
+
+
+def register_criterion(name: str, function: Callable[[Evidence], float], validation: bool = False) -> None:
+    """Give a criterion of your own a name, for ``auto(name)``.
+
+    Example:
+        >>> register_criterion("gradient_norm", lambda evidence: float(sum(g.norm() for g in evidence.gradients)))
+
+    Args:
+        name: As in a schedule, a word without spaces and commas; one that exists is replaced.
+        function: Of the evidence on one block; more is better.
+        validation: Whether it asks for validation gradients.
+    """
+    _CRITERIA[name] = Criterion(function, validation)
+
+
+def find_criterion(name: str) -> Criterion:
+    """Return a criterion by its name; raise ScheduleError with those there are."""
+    if name not in _CRITERIA:
+        raise ScheduleError(
+            f"auto: {name!r} is no criterion. There are {', '.join(_CRITERIA)}.{near_match(name, _CRITERIA)} "
+            "Give one of your own a name with hf_unfreeze.criteria.register_criterion."
+        )
+    return _CRITERIA[name]
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> float:
+    return math.sqrt(_sum(tensor.float().square() for tensor in tensors))
+
+
+def _sum(tensors: object) -> float:
+    return math.fsum(float(tensor.float().sum()) for tensor in tensors)  # type: ignore[attr-defined]
+
+
+def _spectral(weight: torch.Tensor) -> float:
+    values = torch.linalg.svdvals(weight)
+    low, high = (float(torch.quantile(values, share)) for share in (0.25, 0.75))
+    aspect = min(weight.shape) / max(weight.shape)
+    edge = (high - low) / 1.349 * (1 + math.sqrt(aspect))  # of what noise of this spread would reach
+    signal, noise = float(values[values > edge].sum()), float(values[values <= edge].sum())
+    return signal / max(noise, 1e-12) / max(float(values[0]), 1e-12)

@@ -1,0 +1,175 @@
+"""Gradients decide which block opens, and measuring them leaves no trace in the run."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from conftest import hashes, tiny_bert
+from test_schedule import plan
+
+from hf_unfreeze import UnfreezeCallback, UnfreezeError, Unfreezer, parse_schedule
+from hf_unfreeze import criteria as module
+from hf_unfreeze._probe import Probe, Prober
+from hf_unfreeze.criteria import Evidence, register_criterion
+from hf_unfreeze.errors import ScheduleError
+from hf_unfreeze.schedule import auto
+
+BUILT_IN = ["relative_gradient_norm", "gradient_snr", "fisher", "spectrum_snr", "validation_gradient"]
+
+
+@pytest.fixture(autouse=True)
+def own_criteria(monkeypatch):
+    """Criteria that choose by position, and one that uses every random state there is."""
+    monkeypatch.setattr(module, "_CRITERIA", dict(module._CRITERIA))
+
+    def top(evidence: Evidence) -> float:
+        torch.rand(3), random.random()
+        return int(evidence.name[6:-1])
+
+    register_criterion("top", top)
+    register_criterion("bottom", lambda evidence: -top(evidence))
+    register_criterion("nothing", lambda evidence: math.nan)
+
+
+def run(make_trainer, spec, resume=None, prepare=lambda trainer: None, **arguments):
+    trainer = make_trainer(UnfreezeCallback(spec), **arguments)
+    prepare(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def opened(trainer):
+    return [(r["step"], r["unfreeze/trainable"]) for r in trainer.state.log_history if "unfreeze/phase" in r]
+
+
+def test_the_spec_is_the_function():
+    assert auto("fisher", blocks=2, every="20%") == parse_schedule("auto(fisher, blocks=2, every=20%)")
+    assert parse_schedule(str(auto("fisher"))) == auto("fisher")
+    assert plan("auto(fisher, every=5step)") == plan("gradual(every=5step)"), "the plan tells times and sizes"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 2}])
+@pytest.mark.parametrize("criterion", ["top", "nothing"])
+def test_always_choosing_the_top_equals_the_timed_run(make_trainer, criterion, arguments):
+    arguments = {"max_steps": 9, **arguments}
+    ours = run(make_trainer, f"auto({criterion}, every=2step, batches=2)", **arguments)
+    timed = run(make_trainer, "gradual(every=2step)", **arguments)
+    assert opened(ours) == opened(timed)
+    assert hashes(ours.model) == hashes(timed.model)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")
+
+
+def test_what_the_criterion_chooses_opens_and_the_record_says_why(make_trainer):
+    trainer = run(make_trainer, "auto(bottom, every=2step, blocks=2)", max_steps=7)
+    assert opened(trainer) == [(0, "head"), (2, "block[0:2], head"), (4, "block[0:4], head"), (6, "all")]
+    reasons = [r.get("unfreeze/reason") for r in trainer.state.log_history if "unfreeze/phase" in r]
+    assert reasons == [None, "bottom: block[0] 0, block[1] -1; next block[2] -2", None, None]
+
+
+@pytest.mark.parametrize("criterion", ["validation_gradient", "gradient_snr"])
+def test_resume_is_exact_at_and_after_a_choice(make_trainer, tmp_path, criterion):
+    spec = f"auto({criterion}, every=2step)"
+    whole = run(make_trainer, spec, max_steps=6, save_strategy="steps", save_steps=1)
+    for step in (2, 3):
+        again = run(make_trainer, spec, str(tmp_path / "run" / f"checkpoint-{step}"), max_steps=6,
+                    output_dir=str(tmp_path / f"again{step}"))  # fmt: skip
+        assert opened(again) == opened(whole) and hashes(again.model) == hashes(whole.model), step
+
+
+@pytest.mark.parametrize("criterion", BUILT_IN)
+def test_every_criterion_gives_finite_numbers(make_trainer, criterion):
+    trainer = run(make_trainer, f"auto({criterion}, every=1step)", max_steps=2)
+    told = next(r["unfreeze/reason"] for r in trainer.state.log_history if "unfreeze/reason" in r)
+    assert told.startswith(f"{criterion}: block[") and "nan" not in told and "inf" not in told
+
+
+def evidence(weights, gradients, squares, steps=(), validation=()):
+    as_tensors = [[torch.tensor(x)] for x in (weights, gradients, squares)]
+    return Evidence("block[0]", *as_tensors, [torch.tensor(steps)], [torch.tensor(validation)], 2)
+
+
+def test_the_numbers_are_those_of_the_formulas():
+    known = evidence([3.0, 4.0], [0.6, 0.8], [1.0, 1.0], [1.0, -1.0], [0.5, 0.25])
+    assert module.relative_gradient_norm(known) == pytest.approx(0.2)
+    assert module.gradient_snr(known) == pytest.approx(1.0 / (2.0 - 1.0))
+    assert module.fisher(known) == pytest.approx(1.0)
+    assert module.validation_gradient(known) == pytest.approx(0.25)
+    torch.manual_seed(0)
+    noise = torch.randn(60, 60)
+    spike = noise + 5 * torch.outer(torch.randn(60), torch.randn(60))
+    wide, low = (module.spectrum_snr(Evidence("", [w], [], [], [], [], 1)) for w in (spike, noise))
+    assert wide != low and math.isnan(module.spectrum_snr(Evidence("", [torch.ones(3)], [], [], [], [], 1)))
+
+
+def test_measuring_leaves_no_trace():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5))
+    model[0].requires_grad_(False)
+    model[2].eval()
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def batches(count):
+        return [torch.rand(8, 4) + random.random() for _ in range(count)]
+
+    probe = Probe(lambda model, batch: model(batch).square().sum(), batches)
+    prober = Prober(model, {"block[0]": list(model[0].parameters())}, optimizer, auto("fisher", batches=4), probe, 60)
+    assert prober.batches == 3, "5 % of 60 steps"
+    before = torch.random.get_rng_state(), random.getstate()
+    assert prober(["block[0]"])["block[0]"] > 0
+    assert torch.equal(before[0], torch.random.get_rng_state()) and before[1] == random.getstate()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [m.training for m in model] == [True, True, False]
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
+    assert all(p.grad is None for p in model.parameters()) and not optimizer.state
+
+
+def test_the_damaged_block_is_found():
+    """One step of plain gradient descent repairs a shifted bias: validation agrees with the training gradient there."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(4)))
+    inputs = torch.randn(64, 6)
+    targets = model(inputs).detach()
+    members = {f"block[{i}]": list(layer.parameters()) for i, layer in enumerate(model)}
+    with torch.no_grad():
+        model[3].bias += 1.0
+    probe = Probe(
+        lambda model, part: (model(inputs[part]) - targets[part]).square().mean(),
+        lambda count: [slice(8 * n, 8 * n + 8) for n in range(count)],
+        lambda count: [slice(32 + 8 * n, 40 + 8 * n) for n in range(count)],
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    worth = Prober(model, members, optimizer, auto("validation_gradient", batches=4), probe, 1000)(list(members))
+    assert max(worth, key=worth.__getitem__) == "block[3]"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("auto(fischer)", "'fischer' is no criterion. There are .*Did you mean 'fisher'"),
+        ("auto", "'' is no criterion"),
+        ("auto(fisher, batches=0)", "batches must be more than 0"),
+        ("auto(validation_gradient)", "needs validation data. Pass eval_dataset"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(make_trainer, spec, message):
+    with pytest.raises(UnfreezeError, match=message):
+        run(make_trainer, spec, prepare=lambda trainer: setattr(trainer, "eval_dataset", None))
+
+
+def test_a_loop_without_batches_to_measure_on():
+    model = tiny_bert()
+    with pytest.raises(ScheduleError, match="needs batches to measure on"):
+        Unfreezer(model, torch.optim.AdamW(model.parameters()), "auto(fisher, every=1step)")
+    assert "train" not in vars(model)
+
+
+def test_the_cache_is_refused_beside_auto(make_trainer):
+    trainer = make_trainer(UnfreezeCallback("auto(top, every=1ep)", cache="memory"))
+    with pytest.raises(UnfreezeError, match="Write cache=None, or another schedule"):
+        trainer.train()
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
