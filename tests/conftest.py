@@ -36,6 +36,13 @@ def hashes(model: torch.nn.Module) -> dict[str, str]:
     return {n: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for n, p in model.named_parameters()}
 
 
+def pytest_collection_modifyitems(items):
+    """Mark what trains with a Trainer, so that the run at each save can leave it out."""
+    for item in items:
+        if "make_trainer" in item.fixturenames:
+            item.add_marker("trains")
+
+
 @pytest.fixture
 def make_trainer(tmp_path):
     """Build a Trainer over the tiny model; keyword arguments go to TrainingArguments."""

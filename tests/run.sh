@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Install into .venv-test and run the tests, all but the slow ones; arguments go to pytest: bash tests/run.sh -m slow
-# TRANSFORMERS=4.57.6 tests another release than the newest. At each save: .venv-test/bin/pytest -n 2 -m "not slow"
+# TRANSFORMERS=4.57.6 tests another release. At each save: .venv-test/bin/pytest -n 2 -m "not slow and not trains"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/venv.sh

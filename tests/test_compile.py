@@ -79,6 +79,7 @@ def test_gradient_checkpointing_under_compile(make_trainer):
     assert hashes(both.model) == hashes(plain.model)
 
 
+@pytest.mark.slow
 def test_compiled_in_a_loop_of_ones_own():
     weights = []
     for compiles in (False, True):

@@ -95,6 +95,7 @@ def test_the_same_seed_gives_the_same_bits_and_number_labels_keep_their_order(tm
     assert config["id2label"] == {"0": "1", "1": "2", "2": "10"}
 
 
+@pytest.mark.slow
 def test_training_arguments_load_outside_the_recipe(tmp_path):
     """The recipe runs as __main__: a class of its own in training_args.bin could not be read elsewhere."""
     data = write_csv(tmp_path / "mine.csv", [(f"text {i}", i % 2) for i in range(20)])
