@@ -1,4 +1,5 @@
-# Sourced: `make_venv FOLDER EXTRA` makes a virtual environment with the library, one extra, and the embedded packages.
+# Sourced: `make_venv FOLDER EXTRA [REQUIREMENT]` makes a virtual environment with the library, one extra, and the
+# embedded packages; the requirement is resolved together with them.
 make_venv() {
     local folder=$1 extra=$2 python
     for python in python3 python3.13 python3.12 python3.11 python3.10 none; do
@@ -11,6 +12,6 @@ make_venv() {
     fi
     # torch is held at one release in both steps, so that no other package can replace it
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -r recipes/requirements.txt
-    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -c recipes/requirements.txt -e ".[$extra]"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -c recipes/requirements.txt -e ".[$extra]" ${3:+"$3"}
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps -r recipes/embedded.txt
 }

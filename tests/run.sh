@@ -4,10 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/venv.sh
-make_venv "${VENV:-.venv-test}" test
+make_venv "${VENV:-.venv-test}" test ${TRANSFORMERS:+"transformers==$TRANSFORMERS"}
 python="${VENV:-.venv-test}/bin/python"
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps -r tests/no_deps.txt
-[ -z "${TRANSFORMERS:-}" ] || "$python" -m pip install --quiet --disable-pip-version-check "transformers==$TRANSFORMERS"
 export HF_HUB_OFFLINE=1
 [ $# -gt 0 ] || set -- -m "not slow"
 exec "$python" -m pytest -n 2 "$@"
