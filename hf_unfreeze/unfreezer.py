@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -127,6 +128,7 @@ class Unfreezer:
         self._step = 0
         self._current: Phase | None = None
         self._transition: Transition | None = None
+        self._opened: dict[str, int] = {}
         self._flags = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
         self._followers: list[Follower] = []
         self.pull: Pull | None = None
@@ -177,17 +179,18 @@ class Unfreezer:
             raise UnfreezeError("this Unfreezer is closed. Make a new one for another run.")
         self._step = global_step
         self.decisions.advance(global_step)
-        phase = max((phase for phase in self.phases if phase.start <= global_step), key=lambda phase: phase.start)
+        number = bisect_right(self.phases, global_step, key=lambda phase: phase.start) - 1
+        phase = self.phases[number]
         if phase is self._current:
             return None
         self._current = phase
+        self._opened = _openings(self.phases[: number + 1])
         if self.best and phase.restores and phase.start == global_step:  # and not where a run resumed later on
             self.best.restore()
         apply_trainable(self._members, phase.trainable)
         for follower in self._followers:
             follower.update()
         spec = spec_of(phase.trainable, self.groups)
-        number = self.phases.index(phase)
         self._transition = Transition(global_step, number, spec, self.parameters_in(phase), phase.reason)
         return self._transition
 
@@ -255,14 +258,7 @@ class Unfreezer:
 
     def _ramp(self, name: str) -> float:
         """Return the warm-up factor of a group: a function of the step alone, so that a resume needs no state."""
-        opened = 0
-        for phase in self.phases:
-            if phase.start > self._step:
-                break
-            if name not in phase.trainable:
-                opened = -1
-            elif opened < 0:
-                opened = phase.start
+        opened = self._opened.get(name, 0)
         return min(1.0, (self._step - opened + 1) / self._warmup) if opened > 0 else 1.0
 
     def _warn_unreached(self, total_steps: int | None) -> None:
@@ -301,3 +297,11 @@ class Unfreezer:
             f"the optimizer lacks {name}{more}, which the schedule '{self.schedule}' opens. Build it over all "
             "parameters, for instance AdamW(model.parameters()) or param_groups_layer_decay(model, lr=…)."
         )
+
+
+def _openings(phases: Sequence[Phase]) -> dict[str, int]:
+    """Return for each group of the last phase the step from which it has trained without a break."""
+    opened: dict[str, int] = {}
+    for phase in phases:
+        opened = {name: opened.get(name, phase.start) for name in phase.trainable}
+    return opened
