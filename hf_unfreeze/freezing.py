@@ -18,6 +18,7 @@ __all__ = [
     "TrainableSummary",
     "apply_trainable",
     "flags_lent",
+    "largest_modules",
     "set_trainable",
     "trainable_summary",
 ]
@@ -94,6 +95,16 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     return TrainableSummary(sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes))
 
 
+def largest_modules(module: nn.Module, fits: Callable[[Sequence[nn.Parameter]], bool]) -> Iterator[nn.Module]:
+    """Yield the largest modules with parameters that fit, from the root down; none lies inside another."""
+    parameters = list(module.parameters())
+    if parameters and fits(parameters):
+        yield module
+    elif parameters:
+        for child in module.children():
+            yield from largest_modules(child, fits)
+
+
 class Follower(Protocol):
     """What has to follow when flags change: eval modes, checkpointing, the reducer of DDP."""
 
@@ -133,7 +144,7 @@ class FrozenEval:
 
     def update(self) -> None:
         """Find the largest modules that have such parameters, all of them frozen."""
-        self._frozen = list(self._fully_frozen(self._model))
+        self._frozen = list(largest_modules(self._model, self._is_frozen))
         if self._model.training:
             self(True)
 
@@ -146,10 +157,6 @@ class FrozenEval:
         for module, mode in self._modes:
             module.training = mode
 
-    def _fully_frozen(self, module: nn.Module) -> Iterable[nn.Module]:
-        parameters = [parameter for parameter in module.parameters() if id(parameter) in self._governed]
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            yield module
-        elif parameters:
-            for child in module.children():
-                yield from self._fully_frozen(child)
+    def _is_frozen(self, parameters: Sequence[nn.Parameter]) -> bool:
+        flags = [parameter.requires_grad for parameter in parameters if id(parameter) in self._governed]
+        return bool(flags) and not any(flags)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ._kept import Kept
-from .groups import LayerGroup, layer_groups
+from .freezing import largest_modules
+from .groups import layer_groups
 from .schedule import parse_selectors
 
 __all__ = ["Pull", "RaisedDropout", "reinitialize"]
@@ -80,7 +81,7 @@ class RaisedDropout:
     def update(self) -> None:
         """Raise where everything trains, restore elsewhere."""
         self.close()
-        for module in _fully_open(self._model):
+        for module in largest_modules(self._model, lambda parameters: all(p.requires_grad for p in parameters)):
             for part in module.modules():
                 names = ("p",) if isinstance(part, nn.Dropout) else _DROPOUT_NUMBERS
                 for name in names:
@@ -94,15 +95,6 @@ class RaisedDropout:
         while self._found:
             module, name, value = self._found.pop()
             setattr(module, name, value)
-
-
-def _fully_open(module: nn.Module) -> Iterable[nn.Module]:
-    parameters = list(module.parameters())
-    if parameters and all(parameter.requires_grad for parameter in parameters):
-        yield module
-    else:
-        for child in module.children():
-            yield from _fully_open(child)
 
 
 def reinitialize(model: nn.Module, selectors: str, seed: int = 0) -> tuple[str, ...]:
@@ -134,7 +126,7 @@ def reinitialize(model: nn.Module, selectors: str, seed: int = 0) -> tuple[str, 
             own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
             if own and wanted.issuperset(own):
                 _draw(model, module)
-    return _in_order(groups, names)
+    return names
 
 
 def _draw(model: nn.Module, module: nn.Module) -> None:
@@ -148,8 +140,3 @@ def _draw(model: nn.Module, module: nn.Module) -> None:
         reset()
     if callable(rule):
         rule(module)
-
-
-def _in_order(groups: Sequence[LayerGroup], names: Iterable[str]) -> tuple[str, ...]:
-    chosen = set(names)
-    return tuple(group.name for group in groups if group.name in chosen)
