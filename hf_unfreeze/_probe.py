@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ._shadow import random_state, set_random_state
 from .criteria import Evidence, find_criterion
 from .errors import EnvironmentRefused, ScheduleError
 from .freezing import flags_lent
@@ -116,37 +116,21 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     """Lend the model in evaluation mode without gradient checkpointing; modes and random states are as before after."""
     modes = [(module, module.training) for module in model.modules()]
     recomputed = [m for m in model.modules() if vars(m).get("gradient_checkpointing")]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    states = random.getstate(), _numpy_state()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=list(devices)))
-        stack.callback(_put_back, modes, recomputed, states)
+    states = [(random_state(device), device) for device in {p.device for p in model.parameters()}]
+    try:
         for module, _ in modes:
             module.training = False
         for module in recomputed:
             vars(module)["gradient_checkpointing"] = False
-        stack.enter_context(torch.enable_grad())
-        yield
-
-
-def _put_back(modes: Any, recomputed: Any, states: Any) -> None:
-    for module, mode in modes:
-        module.training = mode
-    for module in recomputed:
-        vars(module)["gradient_checkpointing"] = True
-    random.setstate(states[0])
-    if states[1] is not None:
-        import numpy as np
-
-        np.random.set_state(states[1])
-
-
-def _numpy_state() -> Any:
-    try:
-        import numpy as np
-    except ModuleNotFoundError:
-        return None
-    return np.random.get_state()
+        with torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for module in recomputed:
+            vars(module)["gradient_checkpointing"] = True
+        for state, device in states:
+            set_random_state(state, device)
 
 
 def _mean_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
