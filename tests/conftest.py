@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import partial
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -43,32 +45,35 @@ def pytest_collection_modifyitems(items):
             item.add_marker("trains")
 
 
+def build_trainer(
+    folder: Path, *callbacks, model=None, optimizers=(None, None), model_init=None, **arguments
+) -> Trainer:
+    """A Trainer over the tiny model; keyword arguments go to TrainingArguments."""
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return Trainer(
+        model=None if model_init else model or tiny_bert(),
+        model_init=model_init,
+        args=TrainingArguments(**(defaults | arguments)),
+        train_dataset=tiny_data(),
+        eval_dataset=tiny_data(1),
+        optimizers=optimizers,
+        callbacks=list(callbacks),
+    )
+
+
 @pytest.fixture
 def make_trainer(tmp_path):
-    """Build a Trainer over the tiny model; keyword arguments go to TrainingArguments."""
-
-    def make(*callbacks, model=None, optimizers=(None, None), model_init=None, **arguments) -> Trainer:
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
-            "num_train_epochs": 3,
-            "learning_rate": 1e-2,
-            "weight_decay": 0.1,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "seed": 3,
-        }
-        return Trainer(
-            model=None if model_init else model or tiny_bert(),
-            model_init=model_init,
-            args=TrainingArguments(**(defaults | arguments)),
-            train_dataset=tiny_data(),
-            eval_dataset=tiny_data(1),
-            optimizers=optimizers,
-            callbacks=list(callbacks),
-        )
-
-    return make
+    """``build_trainer`` in a folder of the test."""
+    return partial(build_trainer, tmp_path / "run")
