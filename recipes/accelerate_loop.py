@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import Classification, DataArguments, class_names, embedded_model, load_data, parse, run
+from common import parse, run
+from embedded import minilm
+from scores import Classification
+from tables import TextArguments, class_names, load_texts
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -50,13 +53,13 @@ class LoopArguments:
 
 def main(arguments: list[str] | None = None) -> None:
     """Train, evaluate, and leave model, checkpoints and results in --output_dir."""
-    data_args, unfreeze_args, args = parse(arguments, DEFAULTS, DataArguments, UnfreezeArguments, LoopArguments)
+    data_args, unfreeze_args, args = parse(arguments, DEFAULTS, TextArguments, UnfreezeArguments, LoopArguments)
     accelerator = Accelerator(gradient_accumulation_steps=args.gradient_accumulation_steps)
     set_seed(args.seed)
     with accelerator.main_process_first():
-        data = load_data(data_args)
+        data = load_texts(data_args)
     labels = class_names(data)
-    name = data_args.model_name_or_path or embedded_model()
+    name = data_args.model_name_or_path or minilm()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForSequenceClassification.from_pretrained(
         name, num_labels=len(labels), id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True

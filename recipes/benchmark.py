@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from common import DataArguments, class_names, embedded_model, load_data, parse, run
+from common import parse, run
+from embedded import minilm
 from rich.console import Console
 from rich.table import Table
+from tables import TextArguments, class_names, load_texts
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -80,10 +82,10 @@ class EpochSeconds(TrainerCallback):
 class Setup:
     """Data and model of every run, made once."""
 
-    def __init__(self, data_args: DataArguments) -> None:
-        data = load_data(data_args)
+    def __init__(self, data_args: TextArguments) -> None:
+        data = load_texts(data_args)
         self.labels = class_names(data)
-        self.name = data_args.model_name_or_path or embedded_model()
+        self.name = data_args.model_name_or_path or minilm()
         self.tokenizer = AutoTokenizer.from_pretrained(self.name)
 
         def encode(batch: dict) -> dict:
@@ -174,7 +176,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> Table:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table, write the numbers."""
-    benchmark_args, data_args = parse(arguments, {}, BenchmarkArguments, DataArguments)
+    benchmark_args, data_args = parse(arguments, {}, BenchmarkArguments, TextArguments)
     transformers.utils.logging.set_verbosity_error()
     setup = Setup(data_args)
     results: dict[str, list[dict[str, Any]]] = {method.name: [] for method in METHODS}

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import DataArguments, class_names, classification_metrics, embedded_model, finish, load_data, parse, run
+from common import finish, parse, run
+from embedded import minilm
+from scores import classification_metrics
+from tables import TextArguments, class_names, load_texts
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -43,14 +46,14 @@ DEFAULTS: dict[str, Any] = {
 def main(arguments: list[str] | None = None) -> None:
     """Train, evaluate, and leave everything in --output_dir."""
     data_args, unfreeze_args, training_args = parse(
-        arguments, DEFAULTS, DataArguments, UnfreezeArguments, TrainingArguments
+        arguments, DEFAULTS, TextArguments, UnfreezeArguments, TrainingArguments
     )
     callback = UnfreezeCallback.from_arguments(unfreeze_args)  # first, so that a misspelt schedule is told at once
     set_seed(training_args.seed)  # the new head is drawn below, before the Trainer sets the seed
     with training_args.main_process_first(desc="reading the data"):
-        data = load_data(data_args)
+        data = load_texts(data_args)
     labels = class_names(data)
-    name = data_args.model_name_or_path or embedded_model()
+    name = data_args.model_name_or_path or minilm()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForSequenceClassification.from_pretrained(
         name,

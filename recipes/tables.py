@@ -1,0 +1,125 @@
+"""The data of a recipe: files, folders, data sets of the hub, or the embedded default."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from embedded import tweets
+
+FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+@dataclass
+class DataArguments:
+    """Model and data of a recipe; without any of them the embedded default is used, and no hub."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or hub id of a pretrained model."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id or folder for datasets.load_dataset."})
+    train_file: str | None = field(default=None, metadata={"help": "Training data, .csv or .json (one object a line)."})
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Validation data; without it a fifth of the training data is held out."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Examples to train on at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Examples to evaluate on at most."})
+
+
+@dataclass
+class TextArguments(DataArguments):
+    """Columns of a text and its class."""
+
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    label_column: str = field(default="label", metadata={"help": "Column with the label, text or number."})
+    max_length: int = field(default=64, metadata={"help": "Tokens kept of each text."})
+
+
+def load_splits(
+    arguments: DataArguments, columns: Sequence[str], embedded: Callable[[], datasets.DatasetDict]
+) -> datasets.DatasetDict:
+    """Return the splits train and validation, which have the ``columns``, of the files named or of ``embedded``.
+
+    Where no split serves for validation, a fifth of train is held out, the same one every time.
+    """
+    data = _with_validation(_read(arguments, embedded), columns)
+    limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
+    for split, limit in limits.items():
+        data[split] = data[split] if limit is None else _sample(data[split], limit)
+    return data
+
+
+def load_texts(arguments: TextArguments) -> datasets.DatasetDict:
+    """Return the splits train and validation with the columns text and label (class names)."""
+    data = load_splits(arguments, [arguments.text_column, arguments.label_column], tweets)
+    return datasets.DatasetDict({split: _two_columns(rows, arguments) for split, rows in data.items()})
+
+
+def _with_validation(data: datasets.DatasetDict, columns: Sequence[str]) -> datasets.DatasetDict:
+    if "train" not in data:
+        raise SystemExit(f"the data has no split 'train', only {', '.join(data)}.")
+    held = next((name for name in ("validation", "test") if name in data), None)
+    for name in ("train", held) if held else ("train",):
+        _check_columns(name, data[name], columns)
+    if held:
+        return datasets.DatasetDict(train=data["train"], validation=data[held])
+    if len(data["train"]) < 2:
+        raise SystemExit(f"{len(data['train'])} rows are too few: a fifth of them is held out for validation.")
+    split = data["train"].train_test_split(test_size=0.2, seed=0)
+    return datasets.DatasetDict(train=split["train"], validation=split["test"])
+
+
+def _read(arguments: DataArguments, embedded: Callable[[], datasets.DatasetDict]) -> datasets.DatasetDict:
+    if arguments.train_file is None and arguments.dataset_name is None:
+        if arguments.validation_file:
+            raise SystemExit("--validation_file needs --train_file.")
+        return embedded()
+    try:
+        if arguments.train_file is None:
+            return datasets.load_dataset(arguments.dataset_name)
+        files = {"train": arguments.train_file, "validation": arguments.validation_file}
+        return datasets.DatasetDict({split: _read_file(Path(path)) for split, path in files.items() if path})
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        name = arguments.train_file or arguments.dataset_name
+        raise SystemExit(f"{name} cannot be read: {error.__cause__ or error}") from None
+
+
+def _read_file(path: Path) -> datasets.Dataset:
+    if path.suffix not in FORMATS or not path.is_file():
+        raise SystemExit(f"{path} is no {', '.join(FORMATS)} file that exists.")
+    return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+
+
+def _check_columns(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> None:
+    for column in columns:
+        if column not in rows.column_names:
+            raise SystemExit(
+                f"there is no column {column!r}; the data has {', '.join(rows.column_names)}. "
+                "Name yours with the arguments that end in _column."
+            )
+        empty = sum(value is None for value in rows[column])
+        if empty:
+            raise SystemExit(f"{empty} of {len(rows)} {split} rows have an empty {column!r}. Fill or drop them.")
+
+
+def _sample(rows: datasets.Dataset, count: int) -> datasets.Dataset:
+    """Take rows from everywhere: files are often sorted by label, and the first rows would be of one class."""
+    chosen = random.Random(0).sample(range(len(rows)), min(count, len(rows)))
+    return rows.select(sorted(chosen))
+
+
+def _two_columns(split: datasets.Dataset, arguments: TextArguments) -> datasets.Dataset:
+    feature = split.features[arguments.label_column]
+    labels = split[arguments.label_column]
+    names = [feature.int2str(label) if isinstance(feature, datasets.ClassLabel) else str(label) for label in labels]
+    return datasets.Dataset.from_dict({"text": [str(text) for text in split[arguments.text_column]], "label": names})
+
+
+def class_names(data: datasets.DatasetDict) -> list[str]:
+    """Return every label in a fixed order: numbers by value, so that class 2 comes before class 10; else as text."""
+    names = {name for split in data.values() for name in split["label"]}
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return sorted(names)
