@@ -143,8 +143,8 @@ class FrozenEval:
         return self._model
 
     def update(self) -> None:
-        """Find the largest modules that have such parameters, all of them frozen."""
-        self._frozen = list(largest_modules(self._model, self._is_frozen))
+        """Find the largest modules that have such parameters, all of them frozen, and what stands between them."""
+        self._frozen = [*largest_modules(self._model, self._is_frozen), *self._between(self._model)]
         if self._model.training:
             self(True)
 
@@ -157,6 +157,25 @@ class FrozenEval:
         for module, mode in self._modes:
             module.training = mode
 
+    def _between(self, module: nn.Module) -> Iterator[nn.Module]:
+        """Modules without parameters, registered between frozen ones: the dropout below GPT-2's frozen blocks."""
+        waiting: list[nn.Module] = []
+        below: bool | None = None  # whether all before is frozen; None: there is nothing before
+        for child in module.children():
+            flags = self._flags(child.parameters())
+            if not flags:
+                waiting += [] if any(True for _ in child.parameters()) else [child]
+                continue
+            if below and not flags[0]:
+                yield from waiting
+            if any(flags) and not all(flags):
+                yield from self._between(child)
+            below = below is not False and not any(flags)
+            waiting = []
+
+    def _flags(self, parameters: Iterable[nn.Parameter]) -> list[bool]:
+        return [parameter.requires_grad for parameter in parameters if id(parameter) in self._governed]
+
     def _is_frozen(self, parameters: Sequence[nn.Parameter]) -> bool:
-        flags = [parameter.requires_grad for parameter in parameters if id(parameter) in self._governed]
+        flags = self._flags(parameters)
         return bool(flags) and not any(flags)

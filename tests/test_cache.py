@@ -250,7 +250,7 @@ FAMILIES = {
     "distilbert": (AutoModelForSequenceClassification,
                    TEXT | {"dim": 16, "hidden_dim": 32, "n_heads": 2, "n_layers": 3}, DOWN),
     "gpt2": (AutoModelForSequenceClassification,
-             TEXT | {"n_embd": 16, "n_head": 2, "n_layer": 3, "embd_pdrop": 0.0}, DOWN),
+             TEXT | {"n_embd": 16, "n_head": 2, "n_layer": 3}, DOWN),
     "llama": (AutoModelForCausalLM, SIZES | TEXT | {"num_key_value_heads": 1, "tie_word_embeddings": True}, DOWN),
     "vit": (AutoModelForImageClassification, SIZES | PICTURE, DOWN),
     "whisper": (AutoModelForSpeechSeq2Seq, SPEECH,
