@@ -1,12 +1,12 @@
-"""Keys of the cache: 128 bits of each example's inputs, hashed on their device, and fingerprints of weights."""
+"""Keys of the cache: 128 bits of each example's inputs, hashed where they are, and fingerprints of weights."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -53,7 +53,7 @@ class Batch:
 
 
 def read_batch(inputs: dict[str, Any], ragged: bool) -> Batch:
-    """Compute the keys of a call on the device of its inputs; one copy to the host for the whole batch.
+    """Compute the keys of a call.
 
     Args:
         inputs: Arguments of the forward by name.
@@ -73,16 +73,46 @@ def read_batch(inputs: dict[str, Any], ragged: bool) -> Batch:
     kept: torch.Tensor | None = None
     if mask is not None and tokens and ragged:
         lengths, kept = _lengths(mask)
-    state = _mix(torch.stack((lengths, lengths + FACTOR), dim=1))
     described = [*plain]
+    parts = []
     for name, tensor in tensors.items():
         along = bool(tokens) and name in ALONG_TOKENS and tensor.dim() > 1 and tensor.shape[1] == tokens
-        rows = tensor if tensor.dim() and tensor.shape[0] in (1, size) else tensor.reshape(1, -1)
-        state = _mix(state * FACTOR + _hash_rows(_words(rows), kept if along else None))
+        parts.append(_Part(tensor if tensor.dim() and tensor.shape[0] in (1, size) else tensor.reshape(1, -1), along))
         described.append(f"{name}:{tensor.dtype}:{tuple(tensor.shape[2 if along else 1 :])}")
+    # hashed where they are: a copy of every input to the host would stall a GPU
+    keys, counts = (_host_keys if device.type == "cpu" else _device_keys)(parts, lengths, kept)
+    return Batch(inputs, size, keys, counts, tokens, " ".join(described))
+
+
+class _Part(NamedTuple):
+    """One input: a row for each example, or one for all."""
+
+    rows: torch.Tensor
+    along: bool  # whether its second dimension is the tokens, of which only the kept ones count
+
+
+Keys = tuple[list[bytes], list[int]]
+
+
+def _host_keys(parts: Sequence[_Part], lengths: torch.Tensor, kept: torch.Tensor | None) -> Keys:
+    counts = lengths.tolist()
+    digests = [hashlib.blake2b(count.to_bytes(8, "little"), digest_size=16) for count in counts]
+    for rows, along in parts:
+        table = rows.detach().reshape(len(rows), -1).contiguous().view(torch.uint8).numpy()
+        width = table.shape[1] // rows.shape[1] if along and kept is not None else 0  # bytes of a token
+        for index, (digest, count) in enumerate(zip(digests, counts, strict=True)):
+            row = table[index if len(table) > 1 else 0]
+            digest.update(row[: count * width] if width else row)
+    return [digest.digest() for digest in digests], counts
+
+
+def _device_keys(parts: Sequence[_Part], lengths: torch.Tensor, kept: torch.Tensor | None) -> Keys:
+    """Two words of 64 bits for each example, and one copy to the host for the whole batch."""
+    state = _mix(torch.stack((lengths, lengths + FACTOR), dim=1))
+    for rows, along in parts:
+        state = _mix(state * FACTOR + _hash_rows(_words(rows), kept if along else None))
     table = torch.cat((state, lengths[:, None]), dim=1).cpu().numpy()
-    keys = [row[:2].tobytes() for row in table]
-    return Batch(inputs, size, keys, table[:, 2].tolist(), tokens, " ".join(described))
+    return [row[:2].tobytes() for row in table], table[:, 2].tolist()
 
 
 def take(batch: Batch, rows: list[int]) -> dict[str, Any]:

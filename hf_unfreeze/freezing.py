@@ -129,7 +129,7 @@ class FrozenEval:
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
         self._model = model
         self._governed = {id(parameter) for parameter in parameters}
-        self._frozen: list[nn.Module] = []
+        self._eval: list[tuple[nn.Module, bool]] = []  # as their eval() left them: cheaper than eval() at each step
         self._shadowed: Callable[..., nn.Module] | None = model.__dict__.get("train")
         self._modes = [(module, module.training) for module in model.modules()]
         self._train = model.train
@@ -138,13 +138,14 @@ class FrozenEval:
     def __call__(self, mode: bool = True) -> nn.Module:
         self._train(mode)
         if mode:
-            for module in self._frozen:
-                module.eval()
+            for module, training in self._eval:
+                module.training = training
         return self._model
 
     def update(self) -> None:
         """Find the largest modules that have such parameters, all of them frozen, and what stands between them."""
-        self._frozen = [*largest_modules(self._model, self._is_frozen), *self._between(self._model)]
+        frozen = [*largest_modules(self._model, self._is_frozen), *self._between(self._model)]
+        self._eval = [(module, module.training) for top in frozen for module in top.eval().modules()]
         if self._model.training:
             self(True)
 

@@ -11,7 +11,7 @@ from conftest import EXAMPLES, hashes, tiny_bert
 from test_cache import DOWN, batch_of, both, by_hand
 from transformers import HfArgumentParser
 
-from hf_unfreeze import FrozenPrefixCache, UnfreezeArguments, UnfreezeCallback, UnfreezeError
+from hf_unfreeze import FrozenPrefixCache, UnfreezeArguments, UnfreezeCallback, UnfreezeError, _keys
 from hf_unfreeze import _activations as activations_module
 from hf_unfreeze._keys import Unkeyed, fingerprint, read_batch
 from hf_unfreeze._store import DiskStore, MemoryStore
@@ -25,6 +25,13 @@ def keys(ragged=True, **inputs):
     return read_batch({"input_ids": IDS, "attention_mask": MASK} | inputs, ragged).keys
 
 
+@pytest.fixture(params=["_host_keys", "_device_keys"])
+def _hashed(request, monkeypatch):
+    """The hash of inputs on the host, and that of a GPU, which runs on a CPU as well."""
+    monkeypatch.setattr(_keys, "_host_keys", getattr(_keys, request.param))
+
+
+@pytest.mark.usefixtures("_hashed")
 def test_keys_depend_on_content_and_not_on_batch_or_padding():
     longer = {
         "input_ids": torch.nn.functional.pad(IDS, (0, 4)),
@@ -38,6 +45,7 @@ def test_keys_depend_on_content_and_not_on_batch_or_padding():
     assert keys(labels=torch.tensor([1, 2, 3]), num_items_in_batch=torch.tensor(3)) == keys()
 
 
+@pytest.mark.usefixtures("_hashed")
 def test_keys_differ_with_all_that_counts():
     seen = {*keys()}
     for change in (
@@ -54,6 +62,7 @@ def test_keys_differ_with_all_that_counts():
     assert read_batch({"input_ids": IDS, "flag": True}, True).salt != read_batch({"input_ids": IDS}, True).salt
 
 
+@pytest.mark.usefixtures("_hashed")
 def test_many_keys_of_similar_inputs_do_not_collide():
     ids = torch.arange(100_000).reshape(-1, 1) % torch.tensor([[7, 10, 1000, 100_000]])
     assert len(set(read_batch({"input_ids": ids}, True).keys)) == 100_000
