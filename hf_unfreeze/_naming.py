@@ -15,6 +15,8 @@ __all__ = ["arrange", "in_parallel", "name_stacks"]
 Tiers = tuple[tuple[str, ...], ...]
 
 UNKNOWN = 45  # height of a stack that no word describes: above text, below the encoder
+# Stacks that tell that text is read beside the rest: by a detector, a video model, a decoder of codes.
+TEXT_BESIDE = ({"text", "vision", "encoder"}, {"text", "temporal"}, {"text", "codec.encoder", "decoder"})
 BOTTOM = 10  # height of the towers that read the input
 
 
@@ -45,7 +47,7 @@ def arrange(stacks: Iterable[str], parallel: bool) -> Tiers:
 def in_parallel(names: Iterable[str], model: nn.Module) -> bool:
     """Whether the text tower stands beside the others: a cross stack joins them, or a temperature compares them."""
     stacks = set(names)
-    if "cross" in stacks or {"text", "vision", "encoder"} <= stacks or {"text", "temporal"} <= stacks:
+    if "cross" in stacks or any(beside <= stacks for beside in TEXT_BESIDE):
         return True
     return len(stacks) > 1 and any(
         matches(PARALLEL, part) for name, _ in model.named_parameters() for part in name.split(".")

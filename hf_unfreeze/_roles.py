@@ -18,6 +18,7 @@ __all__ = [
     "CONNECTOR",
     "HEAD",
     "INPUT_PROJECTION",
+    "MIXES_TOKENS",
     "MODALITIES",
     "NEVER_BLOCK",
     "NEVER_CLASS",
@@ -26,6 +27,7 @@ __all__ = [
     "NORM_LAST",
     "NOT_STACKS",
     "NO_BLOCK_CLASS",
+    "OUTER_STEM",
     "OWN_STEM",
     "PARALLEL",
     "PARTS",
@@ -37,6 +39,7 @@ __all__ = [
     "STEM",
     "TASK_HEAD",
     "TOWER",
+    "TOWERS_INSIDE",
     "TOWER_CLASS",
     "matches",
 ]
@@ -54,12 +57,16 @@ NEVER_CLASS = (r"(LayerNorm|GroupNorm)ConvLayer$|PredictorLayer$|Data2VecAudio\w
 # Components under which a list is never a stack of blocks: stems and heads.
 NOT_STACKS = (
     r"^(feature_(extractor|encoder)|conv_embed\w*|embeddings?|embedder|patch_embed\w*|stem|subsampl\w*|conv_stem)$",
-    r"^(fpn|pan)_blocks$|^fusion_stage$|^segmentation|^duration_predictor$",
+    r"^(fpn|pan)_blocks$|^fusion_stage$|^tracker_neck$|^segmentation|^duration_predictor$",
     r"head|classifier|^neck$|^cls$|^score$|^pooler$|^projector$|merger|multi_modal_projector|upscale|upsampl|expert|^mlp$|^ffn$|(?<!image)(?<!audio)_embed$|tdnn|adapter|^fc\w*$",
 )
+# What is a tower in spite of lying there: the Q-Former in a projector, the image model in a video embedder.
+TOWERS_INSIDE = (r"^(qformer|vision_model|audio_encoder|video_encoder)$",)
 NEVER_BLOCK = (r"^(experts|adapters?|downsample\w*|downsampl\w*|lora_\w+)$",)
 # Towers of convolutions of many kinds, in which nothing repeats: one block.
 TOWER_CLASS = (r"^Encodec(En|De)coder$",)
+# The part of a block that makes a list of parts a block.
+MIXES_TOKENS = (r"Attention$",)
 # Members of a list of stages that lead from one stage to the next.
 BETWEEN_STAGES = (r"Embeddings?$|Downsampl|PatchMerging",)
 STAGE_INNER = (r"^(blocks?|layers?|resnets?|res_blocks|attentions|\d+)$",)
@@ -97,6 +104,9 @@ QUIRKS = (
     (r"Qwen\w*(Audio|ASR)\w*Encoder", r"^conv", "embeddings"),
     (r"FlavaModel", r"^(image|text)_projection$", "head"),
     (r"^Sam3", r"^dot_product_scoring$", "head"),
+    (r"^Sam3\w*Model$", r"^mask_decoder$", "head"),
+    (r"^Sam3VideoModel", r"^tracker_neck$", "connector"),
+    (r"^XcodecModel", r"^fc\d?$", "connector"),
     (r"VideoPrismVision", r"^layernorm1$", "connector"),
     (r"Blip2ForImageTextRetrieval", r"^(vision|text)_projection$", "head"),
     (r"MuseGlimmerAssistant", r"^encoder$", "embeddings"),
@@ -108,7 +118,7 @@ CONNECTOR = (
     r"projector|connector|multi_?modal|^mm_|resampl|merger|aligner|bridge|abstractor|(visual|vision|language|modality|mm)_proj|_to_mm_",
     r"^image_(newline|separator)|^view_separator|link_tower|^cross_modal_\w+_transform$|enc_to_dec_proj|^embed_(vision|audio)$|^adapter$",
     r"^(image_to_)?(language|text|vision|audio|image|visual|speech)_(model_)?(projection|proj|adapter)$|qformer|^query_tokens$",
-    r"^high_res_vision_|^(semantic_adapter|fc_encoder|latent_proj|encoder_to_decoder|keypoint_encoder)$|quantize",
+    r"^high_res_vision_|^(latents|semantic_adapter|fc_encoder|latent_proj|encoder_to_decoder|keypoint_encoder)$|quantize",
     r"^(duration|pitch|energy)_(predictor|embed)$",
 )
 
@@ -118,14 +128,18 @@ SHARED_TABLE = (r"relative_attention_bias|rel_attn_embed|relative_bias|rel_pos_b
 # What joins a vision tower to the encoder above it (DETR and its kin).
 INPUT_PROJECTION = (
     r"^((en|de)coder_)?input_proj|^level_embed|^conv_s\d|^compress_vit|^encoder_(conv|norm)|^enc_output",
-    r"^query_position_embeddings_proj",
+    r"^query_position_embeddings_proj|^box_rpb_embed",
     r"^(lateral|downsample)_convs$|^(fpn|pan)_blocks$|^ref_point_head$|^query_pos_head$|^query_input_projection$|^reference_points$",
 )
+# What a task class puts before its base model, and not on it.
+OUTER_STEM = (r"^embed_|^pre_projection$",)
 # A model with these beside its "base model" is no task class.
 OWN_STEM = (r"^embeddings$|^embed_tokens$|^word_embeddings$",)
 # A tower that has no blocks of its own, under a language model.
 TOWER = (r"audio|vision|visual|speech",)
-TASK_HEAD = (r"lm_head|^ctc|classifier|^score$|class_embed|bbox_embed",)
+TASK_HEAD = (
+    r"lm_head|^ctc|classifier|^score$|class_embed|bbox_embed|logit_(scale|bias)|^(text_)?(audio|video)_head$|^(box|presence)_head$",
+)
 
 # Which tower a component names, and which part of a tower.
 MODALITIES = (
@@ -153,10 +167,17 @@ STACK_NAMES = (
     ("semantic_encoder", r"encoder_semantic"),
     ("coarse", r"^coarse_acoustics"),
     ("fine", r"^fine_acoustics"),
-    (
-        "codec",
-        r"codec_model|vqmodel|vq_model|vqvae|image_codebook|^audio_encoder\.(en|de)coder$|decoder_semantic",
-    ),
+    ("semantic_decoder", r"decoder_semantic"),
+    ("codec.encoder", r"^audio_encoder\.encoder$"),
+    ("codec.decoder", r"^audio_encoder\.decoder$"),
+    ("codec", r"codec_model|vqmodel|vq_model|vqvae|image_codebook"),
+    ("tracker.memory_encoder", r"^tracker_model\.memory_encoder\.mask"),
+    ("tracker.memory_fuser", r"^tracker_model\.memory_encoder\.memory_fuser"),
+    ("tracker.memory", r"^tracker_model\.memory_attention"),
+    ("tracker.decoder", r"^tracker_model\.mask_decoder"),
+    ("cross", r"^(\w+\.)?audio_video_encoder"),
+    ("vision.frame", r"embedder\.vision_model"),
+    ("resampler", r"compressor_resampler"),
     ("audio", r"asr_encoder"),
     ("diarization", r"diarization_model"),
     ("timestamp", r"word_timestamp_encoder"),
@@ -187,6 +208,8 @@ STACK_NAMES = (
 AUDIO_CLASS = r"Audio|Speech|Conformer|Wav|Whisper|Codec|Encodec|Mimi"
 # The same, by the class of the blocks, where the names of the path are silent.
 CLASS_MODALITIES = (
+    ("cross", r"AudioVideo"),
+    ("video", r"Video"),
     ("audio", AUDIO_CLASS),
     ("vision", r"Vision|Image|ViT|Swin|ResNet|Convn?ext|Dinov|Beit"),
 )
@@ -195,6 +218,7 @@ RANKS = {
     "codec": 5,
     "patcher": 5,
     "speech_decoder": 5,
+    "vision.frame": 5,
     "vision": 10,
     "video": 10,
     "audio": 10,
@@ -202,14 +226,16 @@ RANKS = {
     "protein": 10,
     "diarization": 10,
     "semantic": 10,
-    "acoustic": 10,
     "semantic_encoder": 15,
+    "acoustic": 15,
     "low": 10,
     "high": 20,
     "neck": 20,
     "coarse": 20,
     "fine": 30,
     "memory_encoder": 25,
+    "memory_fuser": 27,
+    "spatial_perceiver": 28,
     "memory": 30,
     "spatial": 10,
     "temporal": 15,
@@ -224,8 +250,10 @@ RANKS = {
     "global": 55,
     "flow": 55,
     "decoder": 60,
+    "semantic_decoder": 60,
     "expert": 60,
     "talker": 65,
+    "tracker": 65,
     "predictor": 70,
     "refinement": 70,
     "mask": 70,

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
+from ._blocks import (
+    CONTAINERS,
+    Block,
+    Signature,
+    elements,
+    has_parameters,
+    in_parts,
+    is_block,
+    is_sequence,
+    join,
+    signature,
+)
 from ._roles import (
     APART,
     BETWEEN_STAGES,
-    BLOCK_CLASS,
     HEAD,
     NEVER_BLOCK,
-    NEVER_CLASS,
-    NO_BLOCK_CLASS,
     NOT_STACKS,
     PARTS,
     STAGE_INNER,
     TOWER_CLASS,
+    TOWERS_INSIDE,
     matches,
 )
 
-__all__ = ["CONTAINERS", "Block", "Stack", "elements", "find_stacks", "has_parameters", "join", "join_lists"]
-
-Block = tuple[str, ...]  # the paths of the modules that make one block
-CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+__all__ = ["Stack", "find_stacks", "join_lists"]
 
 
 @dataclass
@@ -46,37 +53,6 @@ class Stack:
     starts: list[int] = field(default_factory=list)
 
 
-def has_parameters(module: nn.Module) -> bool:
-    """Whether a module or one below it owns a parameter."""
-    return next(module.parameters(), None) is not None
-
-
-def join(path: str, name: str) -> str:
-    """``join("a.b", "c")`` → ``a.b.c``; the path may be empty."""
-    return f"{path}.{name}" if path else name
-
-
-def is_block(module: nn.Module, no_split: frozenset[str]) -> bool:
-    """Whether one element of a sequence looks like a block: by base class, by ``_no_split_modules``, by name."""
-    name = type(module).__name__
-    if matches(NEVER_CLASS, name):
-        return False
-    if any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__) or name in no_split:
-        return True
-    return (
-        matches(BLOCK_CLASS, name) and not matches(NO_BLOCK_CLASS, name) and next(module.children(), None) is not None
-    )
-
-
-def elements(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The members of a container that own weights: parameters, or the buffers of a quantised layer."""
-    return [
-        (name, child)
-        for name, child in module.named_children()
-        if has_parameters(child) or (name.isdigit() and next(child.buffers(), None) is not None)
-    ]
-
-
 def find_stacks(model: nn.Module) -> list[Stack]:
     """Every stack of blocks, in the order in which the model registers them.
 
@@ -88,8 +64,19 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     for module in model.modules():
         no_split.update(getattr(module, "_no_split_modules", None) or ())
     names = frozenset(name for name in no_split if isinstance(name, str) and not name.endswith("Embeddings"))
-    found = list(_visit(model, "", names))
-    return _join_siblings(found, model)
+    return _join_siblings(_distinct(_visit(model, "", names), model), model)
+
+
+def _distinct(stacks: Iterable[Stack], model: nn.Module) -> list[Stack]:
+    """Leave out what is tied as a whole to stacks before it: a tower may be reached by several paths."""
+    result: list[Stack] = []
+    seen: set[Signature] = set()
+    for stack in stacks:
+        blocks = {signature(model.get_submodule(block[-1])) for block in stack.blocks}
+        if not blocks <= seen:
+            result.append(stack)
+        seen |= blocks
+    return result
 
 
 def _visit(module: nn.Module, path: str, no_split: frozenset[str]) -> Iterator[Stack]:
@@ -97,7 +84,7 @@ def _visit(module: nn.Module, path: str, no_split: frozenset[str]) -> Iterator[S
     done = {name for run in numbered for name in run}
     for name, child in module.named_children():
         here = join(path, name)
-        if not has_parameters(child) or (matches(NOT_STACKS, name) and not hasattr(child, "qformer")):
+        if not has_parameters(child) or (matches(NOT_STACKS, name) and not _has_tower(child)):
             continue
         if name in done:
             run = next(run for run in numbered if name in run)
@@ -106,11 +93,15 @@ def _visit(module: nn.Module, path: str, no_split: frozenset[str]) -> Iterator[S
                 yield _stack(path, here, members, no_split)
         elif matches(TOWER_CLASS, type(child).__name__):
             yield Stack(path, here, [(here,)], [0])
-        elif isinstance(child, CONTAINERS) and _is_sequence(child, no_split) and not matches(NEVER_BLOCK, name):
+        elif isinstance(child, CONTAINERS) and is_sequence(child, no_split) and not matches(NEVER_BLOCK, name):
             members = [(join(here, item), element) for item, element in elements(child)]
             yield _stack(path, here, members, no_split)
         else:
             yield from _visit(child, here, no_split)
+
+
+def _has_tower(module: nn.Module) -> bool:
+    return any(matches(TOWERS_INSIDE, name) for name, _ in module.named_children())
 
 
 def _stack(path: str, source: str, members: list[tuple[str, nn.Module]], no_split: frozenset[str]) -> Stack:
@@ -125,28 +116,13 @@ def _stack(path: str, source: str, members: list[tuple[str, nn.Module]], no_spli
     return stack
 
 
-def _is_sequence(container: nn.Module, no_split: frozenset[str]) -> bool:
-    members = [child for _, child in elements(container)]
-    members = members[:1] + [child for child in members[1:] if not matches(BETWEEN_STAGES, type(child).__name__)]
-    if not members:
-        return False
-    inner = [
-        all(is_block(c, no_split) for _, c in elements(m)) and bool(elements(m)) if isinstance(m, CONTAINERS) else False
-        for m in members
-    ]
-    good = [is_block(m, no_split) or nested for m, nested in zip(members, inner, strict=True)]
-    if isinstance(container, (nn.Sequential, nn.ModuleDict)):
-        return all(good) and len({type(m) for m in members}) == 1
-    return all(good)
-
-
 def _numbered(module: nn.Module, no_split: frozenset[str]) -> list[list[str]]:
     """Runs of attributes that differ in a trailing number only: ``layer1 … layer4``."""
     runs: dict[str, list[str]] = {}
     for name, child in module.named_children():
         match = re.fullmatch(r"(\w*?[A-Za-z]_?)(\d+)", name)
         if match and has_parameters(child) and not isinstance(module, (nn.ModuleList, nn.Sequential)):
-            nested = isinstance(child, CONTAINERS) and _is_sequence(child, no_split)
+            nested = isinstance(child, CONTAINERS) and is_sequence(child, no_split)
             if nested or is_block(child, no_split):
                 runs.setdefault(match[1], []).append(name)
     return [names for names in runs.values() if len(names) > 1]
@@ -181,6 +157,8 @@ def _blocks(members: list[tuple[str, nn.Module]], no_split: frozenset[str]) -> l
 
 def _inner_sequences(member: nn.Module, path: str, no_split: frozenset[str]) -> list[list[tuple[str, nn.Module]]]:
     """The sequences of blocks inside a stage, or nothing when the member is a block itself."""
+    if in_parts(member):
+        return []
     if isinstance(member, CONTAINERS):
         return [[(join(path, name), child) for name, child in elements(member)]] if elements(member) else []
     found: list[list[tuple[str, nn.Module]]] = []

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ._blocks import Signature, join, signature
 from ._naming import arrange, in_parallel, name_stacks
 from ._roles import (
     CONNECTOR,
@@ -18,6 +19,7 @@ from ._roles import (
     NORM,
     NORM_FIRST,
     NORM_LAST,
+    OUTER_STEM,
     OWN_STEM,
     QUIRKS,
     SHARED_TABLE,
@@ -27,7 +29,7 @@ from ._roles import (
     matches,
 )
 from ._runs import repeated_runs
-from ._structure import Stack, find_stacks, join
+from ._structure import Stack, find_stacks
 from ._trace import first_use
 
 __all__ = ["Layout", "Place", "base_of", "detect", "prefixes"]
@@ -76,11 +78,15 @@ def detect(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layout 
     owner = _owners(stacks, names)
     places: dict[str, Place] = {}
     unsure: list[str] = []
+    twins = _twins(model)
     tables = Counter(_numberless(name) for name, _ in model.named_parameters(remove_duplicate=False))
     for name, _ in model.named_parameters(remove_duplicate=False):
         found = next((owner[path] for path in prefixes(name) if path in owner), None)
         if found is not None and found.index == 0 and tables[_numberless(name)] == 1 and _is_table(name):
             found = Place("embeddings", None, "table for all blocks")
+        twin = next((path for path in prefixes(name) if path in twins), None) if found is None else None
+        if twin is not None:  # a tower that others read lies where it is reached first
+            found = places.get(twins[twin] + name.removeprefix(twin))
         if found is None:
             found, sure = loose.place(name)
             unsure += [] if sure else [name]
@@ -123,6 +129,20 @@ def _owners(stacks: list[Stack], names: list[str]) -> dict[str, Place]:
     return owner
 
 
+def _twins(model: nn.Module) -> dict[str, str]:
+    """Modules that are tied as a whole to an earlier one of their class → that one."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    seen: dict[Signature, str] = {}
+    found: dict[str, str] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if uses[id(next(module.parameters(), None))] > 1 and not any(outer in found for outer in prefixes(path)):
+            kind = signature(module)
+            first = seen.setdefault(kind, path)
+            if first != path and len(kind[1]) > 1:
+                found[path] = first
+    return found
+
+
 def _numberless(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
@@ -156,7 +176,7 @@ class _Loose:
             if re.search(kind, owner) and re.search(word, branch):
                 return Place(stack, None, f"{branch} of {owner}"), True
         if self.base and not name.startswith(self.base):
-            stem = matches((r"^embed_",), branch) and not matches(HEAD, branch)
+            stem = matches(OUTER_STEM, branch) and not matches(HEAD, branch)
             return Place("embeddings" if stem else "head", None, "outside the base model"), True
         lower = self._lower(parent)
         words = below[:-1] if len(below) > 1 and below[-1] in ("weight", "bias") else below

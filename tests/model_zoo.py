@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,28 +114,56 @@ MISSING = {
     "vocab_size": 64,
     "pad_token_id": 0,
     "vocabulary_map": {"<image>": 1},
+    "rope_theta": 1e4,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "shared_expert_intermediate_size": 64,
+    "dropout_rate": 0.0,
+    "mlp_layer_types": ["dense", "sparse"] * 6,
+    "downsample_rate": "1/2",
+    "deepstack_layer_map": [[0, 0], [1, 1]],
+    "spatial_merge_size": 2,
 }
 # Values of single model types.
 VALUES: dict[str, dict[str, Any]] = {
     "beit": {"out_indices": [0, 1, 2, 3]},
     "reformer": {"is_decoder": True},
+    "perceiver": {"num_cross_attention_heads": 1},
+    "t5gemma": {"is_encoder_decoder": False},
+    "hiera": {"decoder_hidden_size": 64, "decoder_depth": 3, "decoder_num_heads": 8},
+    "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2},
+    "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+                       "indexer_compress_ratio": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 6},
     "cohere_compass_text": {"rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in
                                                 ("full_attention", "sliding_attention")}},
 }  # fmt: skip
 
 
+# What stands in for the towers of timm where it cannot be used: it wants torchvision.
+STAND_INS: dict[str, Callable[[], Any]] = {
+    "timm_backbone": lambda: transformers.ResNetConfig(out_features=["stage2", "stage3", "stage4"]),
+    "timm_wrapper": lambda: transformers.ViTConfig(num_hidden_layers=3),
+}
+TIMM = transformers.utils.is_timm_available() and transformers.utils.is_torchvision_available()
+
+
 def _complete(config: Any) -> Any:
     """Fill in what a config leaves to the checkpoint, in its parts too."""
     for name, value in MISSING.items():
-        if getattr(config, name, None) is None:
+        try:
+            missing = getattr(config, name, None) is None
+        except Exception:  # noqa: BLE001 - the value varies by layer, and the config says so by an error of its own
+            continue
+        if missing:
             setattr(config, name, value)
     for name, value in VALUES.get(config.model_type, {}).items():
         setattr(config, name, value)
-    for name, value in vars(config).items():
+    for name, value in list(vars(config).items()):
         if isinstance(value, transformers.PretrainedConfig):
-            _complete(value)
-        elif name in ("hidden_sizes", "depths", "embed_dims") and isinstance(value, tuple):
+            stand_in = STAND_INS.get(value.model_type) if not TIMM else None
+            setattr(config, name, _complete(stand_in() if stand_in else value))
+        elif name in ("hidden_sizes", "depths", "embed_dims", "fusion_hidden_sizes") and isinstance(value, tuple):
             setattr(config, name, list(value))
     return config
 

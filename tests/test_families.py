@@ -46,11 +46,32 @@ TABLE = [
         "projector.query": "embeddings"}),
     ("sam_hq", "mask_generation", {"mask_decoder.encoder_conv1.bias": "connector"}),
     ("vjepa2", "base", {"predictor.layer.0.norm1.bias": "predictor.block[0]", "encoder.layernorm.bias": "head"}),
+    ("pe_audio_video", "base", {"audio_model.audio_encoder.layers.1.mlp.up_proj.weight": "audio.block[1]",
+        "video_model.video_encoder.layers.2.mlp.up_proj.weight": "video.block[2]",
+        "audio_model.audio_encoder.norm.weight": "connector", "text_model.final_norm.weight": "connector",
+        "audio_video_encoder.layers.0.mlp.up_proj.weight": "cross.block[0]",
+        "audio_model.text_audio_head.proj.weight": "head", "video_model.video_head.proj.weight": "head",
+        "audio_model.text_audio_logit_scale": "head", "video_model.text_video_logit_bias": "head"}),
+    ("sam3_video", "base", {"tracker_neck.fpn_layers.0.proj1.weight": "connector",
+        "detector_model.detr_decoder.box_rpb_embed_x.layer1.bias": "connector",
+        "detector_model.detr_decoder.presence_head.layer1.bias": "head",
+        "detector_model.mask_decoder.instance_projection.bias": "head"}),
+    ("glm_image_vqmodel", "base", {"quant_conv.bias": "all_parameters"}),
+    ("evolla", "base", {
+        "protein_encoder.sequence_compressor_resampler.layers.1.0.norm_media.bias": "resampler.block[1]",
+        "protein_encoder.sequence_compressor_resampler.layers.1.1.fc1.weight": "resampler.block[1]",
+        "protein_encoder.sequence_compressor_resampler.latents": "connector"}),
+    ("xcodec", "base", {"fc.bias": "connector", "fc2.bias": "connector"}),
+    ("musicgen", "text_to_waveform", {"enc_to_dec_proj.bias": "connector",
+        "audio_encoder.encoder.layers.0.conv.bias": "codec.encoder.block[0]", "decoder.lm_heads.1.weight": "head",
+        "decoder.model.decoder.embed_tokens.0.weight": "embeddings", "text_encoder.shared.weight": "embeddings"}),
+    ("gemma4_unified_assistant", "causal_lm", {"pre_projection.weight": "embeddings",
+        "post_projection.weight": "head"}),
     ("perceiver", "masked", {"perceiver.decoder.output_position_encodings.position_embeddings": "head",
         "perceiver.encoder.cross_attention.mlp.dense1.bias": "embeddings"}),
 ]  # fmt: skip
 
-# model type → stacks bottom → top, as the forward runs them
+# model type, and Auto class where it is not the base → stacks bottom → top, as the forward runs them
 ORDER = {
     "canine": ["encoder.initial", "encoder", "encoder.final"],
     "blt": ["patcher", "encoder", "global", "decoder"],
@@ -61,7 +82,25 @@ ORDER = {
     "phi4_multimodal": ["audio", "vision", "text"],
     "grounding-dino": ["text", "vision", "encoder", "decoder"],
     "pi0": ["vision", "text", "expert"],
-    "xcodec": ["codec", "acoustic", "semantic", "semantic_encoder", "decoder"],
+    "xcodec": ["semantic", "acoustic", "semantic_encoder", "decoder", "semantic_decoder"],
+    "neucodec": ["semantic", "acoustic", "decoder"],
+    "evolla": ["protein", "resampler", "text"],
+    "musicgen text_to_waveform": ["codec.encoder", "codec.decoder", "text", "decoder"],
+    "musicgen_melody text_to_waveform": ["codec.encoder", "codec.decoder", "text", "decoder"],
+    "pe_audio_video": ["vision.frame", "audio", "text", "video", "cross"],
+    "pe_audio_video_encoder": ["vision.frame", "audio", "video", "cross"],
+    "pe_video_encoder": ["vision.frame", "video"],
+    "sam3_video": [
+        "text",
+        "vision",
+        "encoder",
+        "encoder.detr_encoder",
+        "decoder",
+        "tracker.memory_encoder",
+        "tracker.memory_fuser",
+        "tracker.memory",
+        "tracker.decoder",
+    ],
     "vits": ["text", "flow", "decoder"],
 }
 
@@ -81,7 +120,8 @@ def test_loose_parameters(model_type, auto, places):
     assert {name: home[name] for name in places} == places
 
 
-@pytest.mark.parametrize("model_type", ORDER)
-def test_stacks_in_the_order_of_execution(model_type):
-    tops = {g.stack: g.level for g in layer_groups(model_of(model_type, "base")) if "block[" in g.name}
-    assert list(dict.fromkeys(sorted(tops, key=lambda stack: (tops[stack], stack)))) == ORDER[model_type]
+@pytest.mark.parametrize("pair", ORDER)
+def test_stacks_in_the_order_of_execution(pair):
+    model_type, _, auto = pair.partition(" ")
+    tops = {g.stack: g.level for g in layer_groups(model_of(model_type, auto or "base")) if "block[" in g.name}
+    assert list(dict.fromkeys(sorted(tops, key=lambda stack: (tops[stack], stack)))) == ORDER[pair]

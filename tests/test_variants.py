@@ -267,4 +267,4 @@ class Twins(nn.Module):
 
 
 def test_a_tower_tied_to_a_lower_one_has_no_groups_of_its_own():
-    assert names(Twins()) == ["embeddings", "text.block[0]", "text.block[1]", "head"]
+    assert names(Twins()) == ["embeddings", "block[0]", "block[1]", "head"]
