@@ -58,7 +58,7 @@ NEVER_CLASS = (r"(LayerNorm|GroupNorm)ConvLayer$|PredictorLayer$|Data2VecAudio\w
 NOT_STACKS = (
     r"^(feature_(extractor|encoder)|conv_embed\w*|embeddings?|embedder|patch_embed\w*|stem|subsampl\w*|conv_stem)$",
     r"^(fpn|pan)_blocks$|^fusion_stage$|^tracker_neck$|^segmentation|^duration_predictor$",
-    r"head|classifier|^neck$|^cls$|^score$|^pooler$|^projector$|merger|multi_modal_projector|upscale|upsampl|expert|^mlp$|^ffn$|(?<!image)(?<!audio)_embed$|tdnn|adapter|^fc\w*$",
+    r"head|classifier|^neck$|^cls$|^score$|^pooler$|^projector$|_projectors$|merger|multi_modal_projector|upscale|upsampl|expert|^mlp$|^ffn$|(?<!image)(?<!audio)_embed$|tdnn|adapter|^fc\w*$",
 )
 # What is a tower in spite of lying there: the Q-Former in a projector, the image model in a video embedder.
 TOWERS_INSIDE = (r"^(qformer|vision_model|audio_encoder|video_encoder)$",)
@@ -129,7 +129,7 @@ SHARED_TABLE = (r"relative_attention_bias|rel_attn_embed|relative_bias|rel_pos_b
 INPUT_PROJECTION = (
     r"^((en|de)coder_)?input_proj|^level_embed|^conv_s\d|^compress_vit|^encoder_(conv|norm)|^enc_output",
     r"^query_position_embeddings_proj|^box_rpb_embed",
-    r"^(lateral|downsample)_convs$|^(fpn|pan)_blocks$|^ref_point_head$|^query_pos_head$|^query_input_projection$|^reference_points$",
+    r"^(lateral|downsample)_convs$|^(fpn|pan)_blocks$|^ref_point_head$|^query_pos_head$|^query_input_projection$|^reference_points$|^task_(encoder|project)$",
 )
 # What a task class puts before its base model, and not on it.
 OUTER_STEM = (r"^embed_|^pre_projection$",)

@@ -61,6 +61,10 @@ TABLE = [
         "protein_encoder.sequence_compressor_resampler.layers.1.0.norm_media.bias": "resampler.block[1]",
         "protein_encoder.sequence_compressor_resampler.layers.1.1.fc1.weight": "resampler.block[1]",
         "protein_encoder.sequence_compressor_resampler.latents": "connector"}),
+    ("granite4_vision", "base", {
+        "layerwise_projectors.1.qformer.encoder.layer.0.attention.output.dense.bias": "connector",
+        "vision_tower.encoder.layers.0.mlp.fc1.bias": "vision.block[0]"}),
+    ("omdet-turbo", "object_detection", {"decoder.task_project.bias": "connector"}),
     ("xcodec", "base", {"fc.bias": "connector", "fc2.bias": "connector"}),
     ("musicgen", "text_to_waveform", {"enc_to_dec_proj.bias": "connector",
         "audio_encoder.encoder.layers.0.conv.bias": "codec.encoder.block[0]", "decoder.lm_heads.1.weight": "head",
