@@ -1,4 +1,4 @@
-"""Which groups of a PEFT model may open: its adapters, and its base where the user has set it trainable too."""
+"""Which groups may open: in a PEFT model its adapters, and its base where the user has set it trainable too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ._quantised import without_quantised
 from .errors import ScheduleError
 from .groups import LayerGroup
 
@@ -16,16 +17,17 @@ _MARKS = ("modules_to_save.", "prompt_encoder.", "trainable_tokens_")  # besides
 
 
 def eligible_groups(model: nn.Module, groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:
-    """Keep of a PEFT model only what is trainable when the run begins: a frozen base must never switch on.
+    """Keep what is not quantised; of a PEFT model only what is trainable when the run begins: its base stays frozen.
 
     Where base weights are trainable too, every group is there twice: ``base.block[3]`` and, above all of the base,
     ``adapter.block[3]``. So ``gradual`` opens the adapters block by block, and then the base.
 
     Raises:
-        ScheduleError: Nothing in the PEFT model is trainable.
+        EnvironmentRefused: No gradient would flow, for quantised layers.
+        ScheduleError: Nothing in the PEFT model is trainable, or every parameter is quantised.
     """
     if not getattr(model, "peft_config", None):
-        return tuple(groups)
+        return without_quantised(model, groups)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise ScheduleError("this PEFT model has no trainable parameter. Load the adapter with is_trainable=True.")

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import nn
 
+from ._quantised import without_quantised
 from .groups import LayerGroup, layer_groups
 from .schedule import parse_selectors
 
@@ -64,9 +65,10 @@ def set_trainable(model: nn.Module, selectors: str) -> None:
         selectors: As in a schedule, without times; ``-name`` takes away again.
 
     Raises:
-        ScheduleError: A selector cannot be read, or matches nothing.
+        EnvironmentRefused: No gradient would flow, for quantised layers.
+        ScheduleError: A selector cannot be read, or matches nothing; every parameter is quantised.
     """
-    groups = layer_groups(model)
+    groups = without_quantised(model, layer_groups(model))
     phase = parse_selectors(selectors).phases(groups)[0]
     parameters = dict(model.named_parameters())
     apply_trainable(((g, [parameters[name] for name in g.parameter_names]) for g in groups), phase.trainable)
