@@ -98,7 +98,9 @@ def _check_columns(split: str, rows: datasets.Dataset, columns: Sequence[str]) -
                 f"there is no column {column!r}; the data has {', '.join(rows.column_names)}. "
                 "Name yours with the arguments that end in _column."
             )
-        empty = sum(value is None for value in rows[column])
+        # as arrow, so that no image is decoded
+        batches = rows.select_columns([column]).with_format("arrow").iter(1000)
+        empty = sum(batch[column].null_count for batch in batches)
         if empty:
             raise SystemExit(f"{empty} of {len(rows)} {split} rows have an empty {column!r}. Fill or drop them.")
 
@@ -110,10 +112,16 @@ def _sample(rows: datasets.Dataset, count: int) -> datasets.Dataset:
 
 
 def _two_columns(split: datasets.Dataset, arguments: TextArguments) -> datasets.Dataset:
-    feature = split.features[arguments.label_column]
-    labels = split[arguments.label_column]
-    names = [feature.int2str(label) if isinstance(feature, datasets.ClassLabel) else str(label) for label in labels]
-    return datasets.Dataset.from_dict({"text": [str(text) for text in split[arguments.text_column]], "label": names})
+    texts = [str(text) for text in split[arguments.text_column]]
+    return datasets.Dataset.from_dict({"text": texts, "label": label_names(split, arguments.label_column)})
+
+
+def label_names(rows: datasets.Dataset, column: str) -> list[str]:
+    """Return the label of each row as text."""
+    feature = rows.features[column]
+    return [
+        feature.int2str(label) if isinstance(feature, datasets.ClassLabel) else str(label) for label in rows[column]
+    ]
 
 
 def class_names(data: datasets.DatasetDict) -> list[str]:
