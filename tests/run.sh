@@ -4,9 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/venv.sh
+. recipes/debian.sh
 make_venv "${VENV:-.venv-test}" test ${TRANSFORMERS:+"transformers==$TRANSFORMERS"}
 python="${VENV:-.venv-test}/bin/python"
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps -r tests/no_deps.txt
+debian_packages "${VENV:-.venv-test}" dataset-fashion-mnist asterisk-core-sounds-en asterisk-core-sounds-en-wav
 export HF_HUB_OFFLINE=1
 [ $# -gt 0 ] || set -- -m "not slow"
 exec "$python" -m pytest -n 2 "$@"
