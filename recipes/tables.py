@@ -6,11 +6,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 from embedded import tweets
 
-FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json"}
+FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
 
 
 @dataclass
@@ -19,7 +20,9 @@ class DataArguments:
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or hub id of a pretrained model."})
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id or folder for datasets.load_dataset."})
-    train_file: str | None = field(default=None, metadata={"help": "Training data, .csv or .json (one object a line)."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Training data: .csv, .json (one object a line) or .txt (one text a line)."}
+    )
     validation_file: str | None = field(
         default=None, metadata={"help": "Validation data; without it a fifth of the training data is held out."}
     )
@@ -50,10 +53,20 @@ def load_splits(
     return data
 
 
-def load_texts(arguments: TextArguments) -> datasets.DatasetDict:
+def load_texts(arguments: TextArguments, embedded: Callable[[], datasets.DatasetDict] = tweets) -> datasets.DatasetDict:
     """Return the splits train and validation with the columns text and label (class names)."""
-    data = load_splits(arguments, [arguments.text_column, arguments.label_column], tweets)
+    data = load_splits(arguments, [arguments.text_column, arguments.label_column], embedded)
     return datasets.DatasetDict({split: _two_columns(rows, arguments) for split, rows in data.items()})
+
+
+def model_card(arguments: DataArguments, **embedded: str) -> dict[str, Any]:
+    """Return what ``create_model_card`` takes: what is said of the embedded default, or what is named instead."""
+    card: dict[str, Any] = dict(embedded)
+    if arguments.model_name_or_path:
+        card |= {"finetuned_from": arguments.model_name_or_path, "license": None}  # None: looked up on the hub
+    if arguments.train_file or arguments.dataset_name:
+        card["dataset"] = arguments.train_file or arguments.dataset_name
+    return card
 
 
 def _with_validation(data: datasets.DatasetDict, columns: Sequence[str]) -> datasets.DatasetDict:

