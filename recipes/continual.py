@@ -43,7 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "schedule": "head@0, block[-2:]@0",
     "pull": 1.0,
     "output_dir": "runs/continual",
-    "num_train_epochs": 2.0,
+    "num_train_epochs": 1.0,
     "learning_rate": 5e-4,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
@@ -53,6 +53,7 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
 }
 FIRST_SCHEDULE = "gradual(every=12%)"  # of the embedded model's first training
+STAGES = {"before": "before", "after": "eval"}  # row of the table: prefix in all_results.json
 
 
 @dataclass
@@ -141,14 +142,11 @@ def train_first(old: datasets.DatasetDict, labels: list[str], args: TrainingArgu
 def print_table(results: dict[str, float]) -> None:
     """Print accuracy before and after, side by side, on the old and on the new data."""
     table = Table("accuracy", "old data", "new data")
-    rows = {stage: [results[f"{key}_{data}_accuracy"] for data in ("old", "new")] for stage, key in STAGES.items()}
-    for stage, values in rows.items():
-        table.add_row(stage, *(f"{value:.3f}" for value in values))
-    table.add_row("change", *(f"{after - before:+.3f}" for before, after in zip(*rows.values(), strict=True)))
+    for stage, prefix in STAGES.items():
+        table.add_row(stage, *(f"{results[f'{prefix}_{data}_accuracy']:.3f}" for data in ("old", "new")))
+    changes = [results[f"eval_{data}_accuracy"] - results[f"before_{data}_accuracy"] for data in ("old", "new")]
+    table.add_row("change", *(f"{change:+.3f}" for change in changes))
     Console().print(table)
-
-
-STAGES = {"before": "before", "after": "eval"}  # name in the table, prefix in all_results.json
 
 
 def main(arguments: list[str] | None = None) -> None:

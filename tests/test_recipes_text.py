@@ -11,7 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
@@ -80,13 +86,31 @@ def test_a_text_file_trains_a_language_model(tmp_path):
         ["--train_file", str(tmp_path / "mine.txt"), "--block_size", "16", "--output_dir", str(tmp_path), *SHORT]
     )
     assert json.loads((tmp_path / "all_results.json").read_text())["eval_perplexity"] > 1
+    assert "trained from scratch" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.slow
+def test_blocks_longer_than_the_model_takes_are_refused(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(embedded.minilm())
+    causal_lm.small_gpt2(tokenizer, 16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "mine.txt").write_text("a line of text\n" * 20)
+    own = ["--model_name_or_path", str(tmp_path / "model"), "--train_file", str(tmp_path / "mine.txt")]
+    with pytest.raises(SystemExit, match="--block_size 17 is more than the 16 tokens"):
+        causal_lm.main([*own, "--block_size", "17", "--output_dir", str(tmp_path), "--use_cpu"])
+    with pytest.raises(SystemExit, match="the 4 texts of validation are shorter than one block"):
+        causal_lm.main([*own, "--block_size", "70", "--output_dir", str(tmp_path), "--use_cpu"])
+
+
 def test_summaries_of_own_data(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(embedded.minilm())
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": len(tokenizer)}
+    ends = {"eos_token_id": tokenizer.sep_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
+    T5ForConditionalGeneration(T5Config(**sizes, **ends)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
     data = write(tmp_path / "news.json", [{"article": f"{i} is one", "highlights": "one"} for i in range(10)])
     columns = ["--text_column", "article", "--summary_column", "highlights"]
-    summarization.main(["--train_file", data, *columns, "--output_dir", str(tmp_path), *SHORT])
+    model = ["--model_name_or_path", str(tmp_path / "model")]
+    summarization.main(["--train_file", data, *columns, *model, "--output_dir", str(tmp_path), *SHORT])
     assert "eval_rouge1" in json.loads((tmp_path / "all_results.json").read_text())
 
 
