@@ -34,8 +34,8 @@ from hf_unfreeze import UnfreezeArguments, UnfreezeCallback
 DEFAULTS: dict[str, Any] = {
     "schedule": "head@0, decoder.block[0:]@0, all@30%",  # the attention to the encoder may be new
     "output_dir": "runs/summarization",
-    "num_train_epochs": 2.0,
-    "learning_rate": 3e-4,
+    "num_train_epochs": 1.0,
+    "learning_rate": 5e-4,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "warmup_steps": 20,
