@@ -33,7 +33,8 @@ def execute(path: Path) -> nbformat.NotebookNode:
         CellExecutionError: A cell raised.
     """
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+    where = {"metadata": {"path": str(HERE)}}
+    NotebookClient(notebook, timeout=LIMIT, kernel_name="python3", resources=where).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day: they would be a difference at each run
     notebook.metadata[STAMP] = code_hash(notebook)

@@ -20,10 +20,10 @@ every = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS]
 @every
 def test_no_output_is_older_than_the_code(path):
     notebook = nbformat.read(path, as_version=4)
-    assert notebook.metadata[run.STAMP] == run.code_hash(notebook), f"run: python notebooks/run.py notebooks/{path.name}"
+    assert notebook.metadata[run.STAMP] == run.code_hash(notebook), f"python notebooks/run.py notebooks/{path.name}"
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs), "tell it in a picture"
+    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)  # told in a picture
     assert notebook.cells[-1].cell_type == "markdown"
     assert "next" in notebook.cells[-1].source
 
