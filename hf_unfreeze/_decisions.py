@@ -6,23 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from ._phases import is_transition
 from ._plateau import Plateau
 from ._spec import BLOCK, Group
 from .schedule import Phase, Schedule, parse_selectors
 
-__all__ = ["Auto", "Decisions", "Measure", "Timed", "decisions_of", "is_transition"]
+__all__ = ["Auto", "Decisions", "Measure", "Timed", "decisions_of"]
 
 Measure = Callable[[Sequence[str]], dict[str, float]]  # names of closed blocks → what each is worth
-
-
-def is_transition(record: Any) -> bool:
-    """Tell a transition from what anybody else wrote into ``log_history``."""
-    return (
-        isinstance(record, dict)
-        and isinstance(record.get("unfreeze/phase"), int)
-        and isinstance(record.get("unfreeze/trainable"), str)
-        and isinstance(record.get("step"), int)
-    )
 
 
 class Decisions(Protocol):

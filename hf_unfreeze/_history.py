@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ._decisions import is_transition
+from ._phases import is_transition
 from .schedule import spec_of
 from .unfreezer import Transition, Unfreezer
 

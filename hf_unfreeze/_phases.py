@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ._arguments import write_arguments
 from ._named import NAMED, Change, Value, openings
 from ._spec import Entry, Group
 from .errors import ScheduleError
 
-__all__ = ["Phase", "Schedule"]
+__all__ = ["Phase", "Schedule", "is_transition"]
+
+
+def is_transition(record: Any) -> bool:
+    """Tell a transition from what anybody else wrote into ``log_history``."""
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("unfreeze/phase"), int)
+        and isinstance(record.get("unfreeze/trainable"), str)
+        and isinstance(record.get("step"), int)
+    )
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,29 @@ class Schedule:
     entries: tuple[Entry, ...] = ()
     name: str = ""
     arguments: tuple[tuple[str, Value], ...] = ()
+
+    @classmethod
+    def from_log(cls, log_history: Iterable[Any]) -> Schedule:
+        """Return the timed schedule that replays a run, whoever decided in it; but no going back to earlier weights.
+
+        Example:
+            >>> str(Schedule.from_log(trainer.state.log_history))
+            'head@0, -all@40step, block[5]@40step, head@40step'
+
+        Args:
+            log_history: ``trainer.state.log_history``, or that of a ``trainer_state.json``.
+
+        Raises:
+            ScheduleError: It holds no transition.
+        """
+        entries: list[Entry] = []
+        for record in filter(is_transition, log_history):
+            step, opened = record["step"], record["unfreeze/trainable"].split(",")
+            entries += [Entry.parse(f"-all@{step}step")] if entries and opened != ["all"] else []
+            entries += [Entry.parse(f"{selector}@{step}step") for selector in opened]
+        if not entries:
+            raise ScheduleError("this log_history has no transition. Take that of a run with UnfreezeCallback.")
+        return cls(tuple(entries))
 
     def phases(
         self, groups: Sequence[Group], total_steps: int | None = None, steps_per_epoch: int | None = None

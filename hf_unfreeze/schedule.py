@@ -15,7 +15,9 @@ without a stack means that group of every stack: ``block[-4:]`` is the last four
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 from ._arguments import check_arguments, read_arguments
@@ -44,7 +46,7 @@ _NAMED = re.compile(r"([A-Za-z_]\w*)\s*(?:\((.*)\))?", re.DOTALL)
 
 
 def parse_schedule(spec: str | Schedule) -> Schedule:
-    """Read a schedule; a ``Schedule`` comes back as it is.
+    """Read a schedule, or a ``trainer_state.json`` whose run it replays; a ``Schedule`` comes back as it is.
 
     Example:
         >>> parse_schedule("gradual(every=0.5ep)")
@@ -57,6 +59,8 @@ def parse_schedule(spec: str | Schedule) -> Schedule:
         return spec
     if not isinstance(spec, str):
         raise ScheduleError(f"a schedule is a string or a Schedule, not {spec!r} ({type(spec).__name__}).")
+    if spec.strip().endswith(".json"):
+        return _replay(Path(spec.strip()))
     named = _NAMED.fullmatch(spec.strip())
     if named:
         name, text = named.groups()
@@ -71,6 +75,15 @@ def parse_schedule(spec: str | Schedule) -> Schedule:
     if faults:
         raise ScheduleError(f"schedule {spec!r} cannot be read.\n  " + "\n  ".join(faults)) from None
     return Schedule(tuple(entries))
+
+
+def _replay(path: Path) -> Schedule:
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        return Schedule.from_log(history if isinstance(history, list) else ())
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        told = f"{type(error).__name__}: {error}"
+        raise ScheduleError(f"{str(path)!r} is no trainer_state.json that can be replayed ({told}).") from error
 
 
 def parse_selectors(selectors: str) -> Schedule:
