@@ -177,10 +177,10 @@ def test_the_recipe_as_a_script_learns_from_a_part_of_the_embedded_data(tmp_path
     command = [sys.executable, str(RECIPES / "image_classification.py"), "--output_dir", str(tmp_path)]
     part = ["--max_train_samples", "600", "--max_eval_samples", "300", "--num_train_epochs", "2", "--use_cpu"]
     subprocess.run([*command, *part, "--eval_strategy", "no"], check=True, capture_output=True, text=True)
-    assert json.loads((tmp_path / "all_results.json").read_text())["eval_accuracy"] >= 0.6
+    assert json.loads((tmp_path / "all_results.json").read_text())["eval_accuracy"] >= 0.77
     from transformers import pipeline
 
     classify = pipeline("image-classification", model=str(tmp_path), device="cpu")
     rows = embedded_images.fashion()["validation"].select(range(20))
     named = [classify(row["image"])[0]["label"] == embedded_images.FASHION[row["label"]] for row in rows]
-    assert sum(named) >= 10
+    assert sum(named) >= 14
