@@ -1,8 +1,8 @@
 """Train a language model a few blocks at a time, in turns (LISA, arXiv 2403.17919).
 
 python recipes/causal_lm.py
-    trains a small GPT-2 from scratch on 2,400 tweets, no hub needed, about two minutes on two CPU cores; it shows the
-    mechanics: taking turns saves memory where a large pretrained model is trained on
+    trains a small GPT-2 from scratch on 2,400 tweets, no hub needed; it shows the mechanics: taking turns saves memory
+    where a large pretrained model is trained on
 python recipes/causal_lm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M --train_file mine.txt --block_size 512
     your model, your text: a .txt file (each line is a text), or a .csv or .json file with a column text
 

@@ -1,7 +1,7 @@
 """Fine-tune a tagger of words, for instance of named entities, from the top down.
 
 python recipes/token_classification.py
-    trains a MiniLM on 1,894 tweets, no hub needed, about four minutes on two CPU cores
+    trains a MiniLM on 1,894 tweets, no hub needed, under five minutes of one CPU core
 python recipes/token_classification.py --model_name_or_path roberta-base --train_file mine.jsonl
     your model, your data: one object a line, {"tokens": ["In", "Ghent"], "tags": ["O", "B-place"]}
 
