@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -118,6 +119,39 @@ def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
 def perplexity_metrics(prediction: Any) -> dict[str, float]:
     """Serve as ``compute_metrics`` of a Trainer that predicts the next token of full blocks."""
     return Perplexity(keep_in_memory=True).compute(predictions=prediction.predictions.ravel())
+
+
+class WordErrorRate(evaluate.Metric):
+    """Words put in, left out or replaced for each word said, by jiwer."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+        return evaluate.MetricInfo(description=self.__doc__, citation="", features=features)
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        import jiwer  # here, for the recipes without speech
+
+        return {"wer": jiwer.wer(list(references), list(predictions))}
+
+
+def words(text: str) -> str:
+    """Return the words alone, as transcripts are compared: in small letters, without punctuation."""
+    return " ".join(re.sub(r"[^\w\s]", "", text.casefold()).split())
+
+
+def speech_metrics(tokenizer: Any) -> Callable[[Any], dict[str, float]]:
+    """Return ``compute_metrics`` of a Trainer that transcribes."""
+    required("jiwer")
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        said, heard = (
+            [words(text) for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+            for ids in (np.where(ids < 0, tokenizer.pad_token_id, ids)
+                        for ids in (prediction.label_ids, prediction.predictions))
+        )  # fmt: skip
+        return WordErrorRate(keep_in_memory=True).compute(predictions=heard, references=said)
+
+    return metrics
 
 
 def required(name: str) -> None:
