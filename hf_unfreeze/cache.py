@@ -25,6 +25,7 @@ from .schedule import Phase
 __all__ = ["CacheStats", "FrozenPrefixCache"]
 
 FOLDER = "~/.cache/hf_unfreeze"
+ALLOWED = "a cache is 'memory', 'disk', 'disk:FOLDER', 'off' or a FrozenPrefixCache"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -62,10 +63,7 @@ class FrozenPrefixCache:
         folder: str | Path | None = None,
     ) -> None:
         if store not in ("memory", "disk"):
-            raise UnfreezeError(
-                f"cache={store!r}: a cache is 'memory', 'disk', 'disk:FOLDER' or a FrozenPrefixCache."
-                + near_match(store, ["memory", "disk"])
-            )
+            raise UnfreezeError(f"cache={store!r}: {ALLOWED}." + near_match(store, ["memory", "disk", "off"]))
         if max_bytes is not None and max_bytes <= 0:
             raise UnfreezeError(f"max_bytes={max_bytes}: write a number of bytes above 0, for instance 4 * 2**30.")
         if dtype is not None and dtype not in DTYPES:
@@ -81,17 +79,19 @@ class FrozenPrefixCache:
         )
 
     @classmethod
-    def parse(cls, cache: str | FrozenPrefixCache) -> FrozenPrefixCache:
-        """Make the cache that ``"memory"``, ``"disk"`` or ``"disk:FOLDER"`` names; a cache is returned as it is.
+    def parse(cls, cache: str | FrozenPrefixCache | None) -> FrozenPrefixCache | None:
+        """Make the cache that ``"memory"``, ``"disk"`` or ``"disk:FOLDER"`` names; none for ``"off"``, as for None.
 
         Example:
             >>> FrozenPrefixCache.parse("disk:runs/cache").store.folder.parent.name
             'cache'
         """
+        if cache is None or cache == "off":  # a command line cannot say None
+            return None
         if isinstance(cache, FrozenPrefixCache):
             return cache
         if not isinstance(cache, str):
-            raise UnfreezeError(f"cache={cache!r}: a cache is 'memory', 'disk', 'disk:FOLDER' or a FrozenPrefixCache.")
+            raise UnfreezeError(f"cache={cache!r}: {ALLOWED}.")
         store, _, folder = cache.partition(":")
         return cls(store, folder=folder or None)
 

@@ -84,7 +84,7 @@ class UnfreezeArguments:
         default=None, metadata={"help": "Groups drawn anew before the first step: 'block[-2:]'."}
     )
     cache: str | None = field(
-        default=None, metadata={"help": "Keep what frozen blocks compute for an example: memory, disk or disk:FOLDER."}
+        default=None, metadata={"help": "Keep what frozen blocks compute for an example: memory, disk, disk:FOLDER or off."}
     )
 
 
@@ -143,7 +143,7 @@ class UnfreezeCallback(TrainerCallback):
         self._options()
         if reinitialize is not None:
             parse_selectors(reinitialize)
-        self.cache = None if cache is None else FrozenPrefixCache.parse(cache)
+        self.cache = FrozenPrefixCache.parse(cache)
         self.unfreezer: Unfreezer | None = None
         self._steps_per_epoch: int | None = None
         self._unwatch: list[Callable[[], None]] = []

