@@ -94,6 +94,8 @@ def _changes(config: Any, layers: int) -> dict[str, Any]:
                 for i, kind in enumerate(sorted(set(value))[:layers]):
                     kept[i] = kind if kind not in kept else kept[i]
             changes[name] = kept + [value[-1]] * (layers - len(kept))
+    if "attention_types" in values:  # GPT-Neo counts its layers here too
+        changes["attention_types"] = [[["global"], layers]]
     for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
         if isinstance(values.get(name), int) and values[name] > 4:
             changes[name] = 4
