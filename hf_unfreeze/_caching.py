@@ -13,7 +13,7 @@ from torch import nn
 
 from ._activations import Activations, Forward, Stats, blank
 from ._exact import buffers_kept, detached, gradient_source, same_outputs, unfit
-from ._keys import Batch, Unkeyed
+from ._keys import PAST, Batch, Unkeyed
 from ._prefix import Prefix, Run, find_prefixes
 from ._shadow import Shadow, random_state, set_random_state
 from ._store import Store
@@ -147,7 +147,7 @@ class Caching:
             watched: Watched = {}
             self._watched = watched
             output = call()
-            generates = isinstance(output, Mapping) and output.get("past_key_values") is not None
+            generates = isinstance(output, Mapping) and any(output[name] is not None for name in PAST & {*output})
             expected = detached(output)
             del output
             self._watched = None

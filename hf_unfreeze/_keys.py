@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Batch", "Unkeyed", "fingerprint", "read_batch", "take"]
+__all__ = ["PAST", "Batch", "Unkeyed", "fingerprint", "read_batch", "take"]
 
 # Arguments that do not change what the prefix computes. What asks for more outputs is told apart before.
 IGNORED = frozenset({"labels", "num_items_in_batch", "return_dict", "return_loss", "use_cache"})
 ASKS_FOR_MORE = ("output_hidden_states", "output_attentions")
+PAST = frozenset({"past_key_values", "cache"})  # keys and values of generation, up to transformers 5.23 and since
 ALONG_TOKENS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox"})
 CHUNK = 1 << 20  # words of a weight hashed at a time
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -152,7 +153,7 @@ def _sorted_out(inputs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], lis
         elif isinstance(value, (bool, int, float, str)):
             plain.append(f"{name}={value!r}")
         else:
-            usual = name == "past_key_values"
+            usual = name in PAST
             raise Unkeyed("" if usual else f"the argument {name} is a {type(value).__name__}")
     return tensors, plain
 

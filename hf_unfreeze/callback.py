@@ -84,7 +84,8 @@ class UnfreezeArguments:
         default=None, metadata={"help": "Groups drawn anew before the first step: 'block[-2:]'."}
     )
     cache: str | None = field(
-        default=None, metadata={"help": "Keep what frozen blocks compute for an example: memory, disk, disk:FOLDER or off."}
+        default=None,
+        metadata={"help": "Keep what frozen blocks compute for an example: memory, disk, disk:FOLDER or off."},
     )
 
 
