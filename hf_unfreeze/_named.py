@@ -50,8 +50,9 @@ def openings(groups: Sequence[Group], arguments: dict[str, Any]) -> list[frozens
 
 def _gradual_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
     every = arguments["every"]
-    opened = openings(groups, arguments)
-    return [(Time(every.value * n, every.unit), names, False) for n, names in enumerate(opened)]
+    most = Fraction(100) if every.unit == "%" else math.inf  # an opening beyond the run is one that it does not reach
+    opened = enumerate(openings(groups, arguments))
+    return [(Time(min(every.value * n, most), every.unit), names, False) for n, names in opened]
 
 
 def _first_opening(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:

@@ -103,20 +103,16 @@ class Schedule:
         timed = sorted(((t.to_step(total_steps, steps_per_epoch), names, freeze) for t, names, freeze in changes),
                        key=lambda change: change[0])  # fmt: skip
         trainable: set[str] = set()
-        at: dict[int, tuple[str, ...]] = {0: ()}
+        at: dict[int, set[str]] = {0: set()}
         for start, names, freeze in timed:
-            trainable = trainable - names if freeze else trainable | names
-            at[start] = tuple(group.name for group in groups if group.name in trainable and group.parameter_names)
+            at[start] = trainable = trainable - names if freeze else trainable | names
         phases: list[Phase] = []
-        for start, names_at in at.items():
+        for start, opened in at.items():
+            names_at = tuple(group.name for group in groups if group.name in opened and group.parameter_names)
             if not names_at:
                 raise ScheduleError(
                     f"schedule {str(self)!r} trains nothing from step {start} on"
-                    + (
-                        f" ({', '.join(sorted(trainable))} has no parameter of its own in this model)"
-                        if trainable and start == 0
-                        else ""
-                    )
+                    + (f" ({', '.join(sorted(opened))} has no parameter of its own in this model)" if opened else "")
                     + ". Open something at that time, for instance head@0 or block[-1]@0."
                 )
             if not phases or names_at != phases[-1].trainable:

@@ -29,7 +29,7 @@ class AudioArguments(DataArguments):
         default="audio", metadata={"help": "Column with the sound file; a relative path starts at the table's folder."}
     )
     window_seconds: int = field(
-        default=3, metadata={"help": "Seconds the model hears, 30 at most; no clip may be longer."}
+        default=6, metadata={"help": "Seconds the model hears, 30 at most; no clip may be longer."}
     )
 
 

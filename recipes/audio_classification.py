@@ -29,6 +29,7 @@ from hf_unfreeze import UnfreezeArguments, UnfreezeCallback
 DEFAULTS: dict[str, Any] = {
     "schedule": "head@0, block[-2:]@0",
     "cache": "memory",
+    "window_seconds": 3,  # no embedded clip is longer
     "output_dir": "runs/audio_classification",
     "num_train_epochs": 10.0,
     "learning_rate": 3e-4,

@@ -149,9 +149,9 @@ def clips(longest: float) -> list[dict[str, str]]:
     return found
 
 
-def prompts() -> datasets.DatasetDict:
-    """Return spoken prompts of at most three seconds with their words: 100 to test on, the others to train on."""
-    return _split([{"audio": clip["audio"], "text": clip["text"]} for clip in clips(3.0)])
+def prompts(longest: float = 6.0) -> datasets.DatasetDict:
+    """Return spoken prompts of so many seconds at most with their words: 100 to test on, the others to train on."""
+    return _split([{"audio": clip["audio"], "text": clip["text"]} for clip in clips(longest)])
 
 
 def topics() -> datasets.DatasetDict:

@@ -29,7 +29,7 @@ LEFT = ["model.safetensors", "preprocessor_config.json", "trainer_state.json", "
         "README.md"]  # fmt: skip
 SHORT = ["--max_steps", "4", "--logging_steps", "1", "--per_device_train_batch_size", "2", "--use_cpu",
          "--disable_tqdm", "true", "--window_seconds", "1"]  # fmt: skip
-SAMPLES = ["--max_train_samples", "8", "--max_eval_samples", "4", "--window_seconds", "3"]
+SAMPLES = ["--max_train_samples", "8", "--max_eval_samples", "4", "--window_seconds", "6"]
 
 
 @pytest.fixture

@@ -52,6 +52,8 @@ PLANS = {
     "gradual": [(0, "head"), (7, "block[3], head"), (14, "block[2:4], head"), (21, "block[1:4], head"),
                 (28, "block[0:4], head"), (35, "all")],
     "gradual(every=10%, blocks=3, embeddings=false)": [(0, "head"), (7, "block[1:4], head"), (14, "block[0:4], head")],
+    "gradual(every=30%)": [(0, "head"), (21, "block[3], head"), (42, "block[2:4], head"), (63, "block[1:4], head"),
+                           (70, "all")],
     "linear_probe(until=3step)": [(0, "head"), (3, "all")],
     "all_at_once": [(0, "all")],
 }  # fmt: skip
@@ -108,6 +110,8 @@ def test_a_head_without_parameters_takes_the_top_block_with_it():
     assert plan("gradual", groups)[0] == (0, "block[3]")
     with pytest.raises(UnfreezeError, match="head has no parameter of its own"):
         plan("head@0, all@1ep", groups)
+    with pytest.raises(UnfreezeError, match=r"trains nothing from step 0 on\. Open something"):
+        plan("head@1ep, all@2ep", groups)
 
 
 BAD = {
