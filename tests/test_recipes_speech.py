@@ -87,7 +87,7 @@ def test_four_steps_on_embedded_data(tmp_path, prompts, recipe, score):
     recipe.main(["--output_dir", str(tmp_path), *SHORT, *SAMPLES])
     assert all((tmp_path / name).stat().st_size for name in LEFT)
     assert score in json.loads((tmp_path / "all_results.json").read_text())
-    assert json.loads((tmp_path / "config.json").read_text())["max_source_positions"] == 150
+    assert json.loads((tmp_path / "config.json").read_text())["max_source_positions"] == 300
     assert recipe is audio_classification or (tmp_path / "tokenizer.json").exists()
 
 
