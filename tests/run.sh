@@ -10,5 +10,6 @@ python="${VENV:-.venv-test}/bin/python"
 "$python" -m pip install --quiet --disable-pip-version-check --no-deps -r tests/no_deps.txt
 debian_packages "${VENV:-.venv-test}" dataset-fashion-mnist asterisk-core-sounds-en asterisk-core-sounds-en-wav
 export HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1 # in recipes and notebooks that a test starts: threads of two at a time spin against each other
 [ $# -gt 0 ] || set -- -m "not slow"
 exec "$python" -m pytest -n 2 "$@"
