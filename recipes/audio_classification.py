@@ -20,7 +20,7 @@ from audio import AudioArguments, Listener, by_folder, stack, without_decoding
 from common import finish, parse, run
 from embedded_speech import topics, whisper
 from scores import classification_metrics
-from tables import class_names, label_names, load_splits, model_card
+from tables import class_names, label_names, labelled, load_splits, model_card
 from transformers import AutoModelForAudioClassification, Trainer, TrainingArguments, set_seed
 
 from hf_unfreeze import UnfreezeArguments, UnfreezeCallback
@@ -74,9 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     labels = class_names(data)
     model = AutoModelForAudioClassification.from_pretrained(
         name,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: number for number, label in enumerate(labels)},
+        **labelled(labels),
         ignore_mismatched_sizes=True,  # a model fine-tuned on other classes gets a new head
     )
     listener.cut(model)

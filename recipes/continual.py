@@ -26,7 +26,7 @@ from embedded import minilm, tweets
 from rich.console import Console
 from rich.table import Table
 from scores import classification_metrics
-from tables import TextArguments, class_names, load_texts, model_card
+from tables import TextArguments, class_names, labelled, load_texts, model_card
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -86,9 +86,7 @@ def with_labels(name: str, labels: list[str]) -> Any:
         return model
     wider = AutoModelForSequenceClassification.from_pretrained(
         name,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={label: number for number, label in enumerate(names)},
+        **labelled(names),
         ignore_mismatched_sizes=True,
     )
     with torch.no_grad():
@@ -127,9 +125,7 @@ def train_first(old: datasets.DatasetDict, labels: list[str], args: TrainingArgu
     args.resume_from_checkpoint = None
     model = AutoModelForSequenceClassification.from_pretrained(
         minilm(),
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: number for number, label in enumerate(labels)},
+        **labelled(labels),
     )
     callback = UnfreezeCallback(FIRST_SCHEDULE, layer_decay=0.9)
     data = {"train": old["train"], "old": old["validation"]}

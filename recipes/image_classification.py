@@ -22,7 +22,7 @@ from common import finish, parse, run
 from embedded_images import fashion, vit
 from PIL import Image, ImageOps
 from scores import classification_metrics
-from tables import DataArguments, class_names, label_names, load_splits, model_card
+from tables import DataArguments, class_names, label_names, labelled, load_splits, model_card
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -123,9 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     labels = class_names(data)
     model = AutoModelForImageClassification.from_pretrained(
         name,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: number for number, label in enumerate(labels)},
+        **labelled(labels),
         ignore_mismatched_sizes=True,  # a model fine-tuned on other classes gets a new head
     )
     own = data_args.train_file or data_args.dataset_name

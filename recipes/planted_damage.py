@@ -20,6 +20,7 @@ import transformers
 from common import parse, run
 from rich.console import Console
 from rich.table import Table
+from scores import classification_metrics
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, set_seed
 
 from hf_unfreeze import UnfreezeCallback
@@ -47,11 +48,6 @@ def task(count: int, generator: torch.Generator) -> list[dict[str, Any]]:
     ids = torch.cat((keys.gather(1, asked), KEYS + keys * VALUES + values), dim=1)
     labels = values.gather(1, asked)[:, 0].tolist()
     return [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
-
-
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Serve as ``compute_metrics``."""
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 class Damaged:
@@ -96,7 +92,7 @@ class Damaged:
             logging_strategy="no", use_cpu=True,
         )  # fmt: skip
         data = {"train_dataset": self.data["train"], "eval_dataset": self.data["validation"]}
-        trainer = Trainer(model, args, **data, compute_metrics=accuracy, callbacks=list(callbacks))
+        trainer = Trainer(model, args, **data, compute_metrics=classification_metrics, callbacks=list(callbacks))
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
         return trainer.evaluate()["eval_accuracy"]

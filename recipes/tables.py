@@ -144,3 +144,9 @@ def class_names(data: datasets.DatasetDict) -> list[str]:
         return sorted(names, key=int)
     except ValueError:
         return sorted(names)
+
+
+def labelled(labels: Sequence[str]) -> dict[str, Any]:
+    """Return what ``from_pretrained`` takes for a head over these labels, numbered in their order."""
+    numbers = {label: number for number, label in enumerate(labels)}
+    return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}

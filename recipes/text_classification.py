@@ -15,7 +15,7 @@ from typing import Any
 from common import finish, parse, run
 from embedded import minilm
 from scores import classification_metrics
-from tables import TextArguments, class_names, load_texts, model_card
+from tables import TextArguments, class_names, labelled, load_texts, model_card
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -57,9 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForSequenceClassification.from_pretrained(
         name,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: number for number, label in enumerate(labels)},
+        **labelled(labels),
         ignore_mismatched_sizes=True,  # a model fine-tuned on other classes gets a new head
     )
 

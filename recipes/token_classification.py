@@ -18,7 +18,7 @@ import datasets
 from common import finish, parse, run
 from embedded import minilm, named_entities
 from scores import entity_metrics
-from tables import DataArguments, load_splits, model_card
+from tables import DataArguments, labelled, load_splits, model_card
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -112,9 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # byte-level ones need it before each word
     model = AutoModelForTokenClassification.from_pretrained(
         name,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        label2id={name: number for number, name in enumerate(names)},
+        **labelled(names),
         ignore_mismatched_sizes=True,  # a model fine-tuned on other tags gets a new head
     )
     data = data.map(encoder(tokenizer, names, data_args.max_length), batched=True, remove_columns=["tokens", "tags"])
