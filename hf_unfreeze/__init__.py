@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .freezing import set_trainable, trainable_summary
     from .groups import LayerGroup, layer_groups
     from .optim import param_groups_layer_decay
-    from .schedule import Phase, Schedule, all_at_once, gradual, linear_probe, parse_schedule, plateau, rotate
+    from .schedule import Phase, Schedule, all_at_once, gradual, linear_probe, parse_schedule, plateau, rotate, top
     from .unfreezer import Unfreezer
 
 __version__ = "0.1.0"
@@ -39,6 +39,7 @@ __all__ = [
     "register_architecture",
     "rotate",
     "set_trainable",
+    "top",
     "trainable_summary",
 ]
 
@@ -64,6 +65,7 @@ _HOME = {
     "register_architecture": "architectures",
     "rotate": "schedule",
     "set_trainable": "freezing",
+    "top": "schedule",
     "trainable_summary": "freezing",
 }
 

@@ -56,7 +56,7 @@ def _read(key: str, text: str, kind: type, default: Value) -> Value:
         try:
             return float(text)
         except ValueError:
-            raise ScheduleError(f"{key}={text}: write a number, for instance {key}=0.01.") from None
+            raise ScheduleError(f"{key}={text}: write a number, for instance {key}={default or 0.01}.") from None
     if not (text.isascii() and text.isdecimal()):
         raise ScheduleError(f"{key}={text}: write a whole number, for instance {key}={default}.")
     return int(text)
@@ -78,6 +78,10 @@ def check_arguments(name: str, given: dict[str, Any]) -> Arguments:
             raise ScheduleError(f"{name}: {key}={value!r} is no word. Write it without spaces, commas and brackets.")
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise ScheduleError(f"{name}: {key}={value} is no number from 0 up. Write for instance {key}=0.01.")
+        if isinstance(value, float) and value > row.most.get(key, math.inf):
+            raise ScheduleError(
+                f"{name}: {key}={value} lies above {row.most[key]}. Write for instance {key}={default}."
+            )
         if value in (0, Time(Fraction(0))) and not isinstance(value, bool) and key not in row.zero:
             raise ScheduleError(f"{name}: {key} must be more than 0. Write for instance {key}={_text(default)}.")
     return tuple(arguments.items())

@@ -59,6 +59,12 @@ def _first_opening(groups: Sequence[Group], arguments: dict[str, Any], length: L
     return [(Time(Fraction(0)), openings(groups, arguments)[0], False)]
 
 
+def _top_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
+    head, *blocks = openings(groups, {"blocks": 1, "embeddings": False})
+    count = math.ceil(arguments["share"] * len(blocks) - 1e-9)  # 0.6 * 5 blocks are three, whatever floats say
+    return [(Time(Fraction(0)), head.union(*blocks[:count]), False)]
+
+
 def _linear_probe_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
     everything = frozenset(group.name for group in groups)
     return [
@@ -118,6 +124,7 @@ class NamedSchedule:
         arguments: Their defaults, which say of what type each is; None is that of a time which may be left out.
         changes: What it does to the groups of a model in a run of some length.
         choices: The words allowed, where an argument is one.
+        most: The largest number allowed, where there is one.
         zero: Arguments that may be 0.
         positional: The argument that may stand first without its name.
         terse: Arguments that are written only where they are not as by default.
@@ -127,6 +134,7 @@ class NamedSchedule:
     arguments: dict[str, Any]
     changes: Callable[[Sequence[Group], dict[str, Any], Length], list[Change]]
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    most: dict[str, float] = field(default_factory=dict)
     zero: tuple[str, ...] = ()
     positional: str = ""
     terse: tuple[str, ...] = ()
@@ -146,6 +154,7 @@ _EVERY_20 = Time(Fraction(20))
 _ORDERS = ("random", "ascending", "descending")
 
 NAMED = {
+    "top": NamedSchedule({"share": 0.5}, _top_changes, most={"share": 1.0}, positional="share"),
     "gradual": NamedSchedule({"every": Time(Fraction(1), "ep"), "blocks": 1, "embeddings": True}, _gradual_changes),
     "linear_probe": NamedSchedule({"until": Time(Fraction(1), "ep")}, _linear_probe_changes),
     "all_at_once": NamedSchedule({}, _all_at_once_changes),
@@ -153,15 +162,15 @@ NAMED = {
         {"blocks": 2, "every": _EVERY_20, "seed": 0, "order": "random", "embeddings": True, "head": True},
         _rotate_changes,
         {"order": _ORDERS},
-        ("seed",),
+        zero=("seed",),
     ),
     "plateau": NamedSchedule(
         _PLATEAU,
         _first_opening,
         {"mode": ("auto", "min", "max"), "stop": ("none", "no_gain")},
-        ("min_delta", "at_least"),
-        "metric",
-        tuple(key for key in _PLATEAU if key != "patience"),
+        zero=("min_delta", "at_least"),
+        positional="metric",
+        terse=tuple(key for key in _PLATEAU if key != "patience"),
         decided=True,
     ),
     "auto": NamedSchedule(

@@ -40,6 +40,7 @@ __all__ = [
     "plateau",
     "rotate",
     "spec_of",
+    "top",
 ]
 
 _NAMED = re.compile(r"([A-Za-z_]\w*)\s*(?:\((.*)\))?", re.DOTALL)
@@ -123,6 +124,24 @@ def gradual(every: str | Time = "1ep", blocks: int = 1, embeddings: bool = True)
     Reference: ULMFiT, arXiv 1801.06146.
     """
     return _build_named("gradual", {"every": _time(every), "blocks": blocks, "embeddings": embeddings})
+
+
+def top(share: float = 0.5) -> Schedule:
+    """Train the head and the upper part of the blocks from the first step; the rest stays frozen to the end.
+
+    What lies below is computed once for each example where there is a cache.
+
+    Example:
+        >>> str(top(0.5))
+        'top(0.5)'
+
+    Args:
+        share: Of the blocks, from the top, rounded up; of an encoder and a decoder of one depth 0.5 is the decoder.
+
+    Raises:
+        ScheduleError: A share outside (0, 1].
+    """
+    return _build_named("top", {"share": float(share)})
 
 
 def linear_probe(until: str | Time = "1ep") -> Schedule:

@@ -1,200 +1,105 @@
-"""Measure what freezing and the frozen-prefix cache save, side by side in one run.
+"""Quality against seconds: full fine-tuning, what freezes, and what others offer, on text, images and speech.
 
 python recipes/benchmark.py
-    a MiniLM on tweets: full fine-tuning; gradual unfreezing, the top half, the head alone, without and with cache
-python recipes/benchmark.py --max_train_samples 64 --repeats 1
-    a look at it in a minute
+    three seeds of every method on every task, some hours of two CPU cores; ended and begun again, it goes on
+python recipes/benchmark.py --quick true
+    every method once on a few examples, in minutes: numbers without a meaning
 
-The methods take turns, repeat by repeat, so that a busy machine slows all of them alike. Only ratios mean something.
+Each method chooses its learning rate from the same few, by the first seed; every run is annealed to its own end and
+evaluated once. The methods take turns, so that a busy machine slows all of them alike. Only ratios mean something.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
+from benchmark_methods import METHODS, Method, train
+from benchmark_report import best_rate, report
+from benchmark_tasks import TASKS, Task
 from common import parse, run
-from embedded import minilm
-from rich.console import Console
-from rich.table import Table
-from tables import TextArguments, class_names, load_texts
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-
-from hf_unfreeze import UnfreezeCallback
+from tables import DataArguments
 
 
 @dataclass
 class BenchmarkArguments:
-    """How much is measured."""
+    """What is compared, and how often."""
 
-    repeats: int = field(default=3, metadata={"help": "Runs of each method; the median counts."})
-    epochs: int = field(default=5, metadata={"help": "Epochs of each run."})
-    overhead_steps: int = field(default=30, metadata={"help": "Steps that measure the cost of the callback itself."})
-    output: str = field(default="benchmark.json", metadata={"help": "Where the numbers go."})
-
-
-class Method(NamedTuple):
-    """A row of the table."""
-
-    name: str
-    schedule: str | None
-    cache: str | None = None
+    tasks: list[str] = field(default_factory=lambda: list(TASKS), metadata={"help": f"Of {', '.join(TASKS)}."})
+    methods: list[str] = field(
+        default_factory=lambda: [method.name for method in METHODS], metadata={"help": "Of those in METHODS."}
+    )
+    seeds: int = field(default=3, metadata={"help": "Runs of each method and length."})
+    clock: str = field(default="wall", metadata={"help": "wall, or cpu: for one thread on a machine that is busy."})
+    quick: bool = field(default=False, metadata={"help": "Two seeds, one length and one rate, on 32 examples."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Examples to train on at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Examples to evaluate on at most."})
+    output_dir: str = field(default="runs/benchmark", metadata={"help": "Where runs, table and figures go."})
 
 
-SCHEDULES = {
-    "gradual, to 3 blocks": "head@0, block[-1]@1ep, block[-2:]@2ep, block[-3:]@3ep",
-    "top 3 blocks": "block[-3:]@0, head@0",
-    "head alone": "head@0",
-}
-METHODS = [Method("full fine-tuning", None)]
-for name, schedule in SCHEDULES.items():
-    METHODS += [Method(name, schedule), Method(f"{name}, cache", schedule, "memory")]
+def check(name: str, given: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse what is not there."""
+    for value in given:
+        if value not in known:
+            raise SystemExit(f"--{name}: there is no {value!r}, only {', '.join(known)}.")
 
 
-class EpochSeconds(TrainerCallback):
-    """Seconds of each epoch."""
+class Runs:
+    """What was measured so far, one object a line, so that a benchmark that was ended goes on."""
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds: list[float] = []
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.all = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
-
-
-class Setup:
-    """Data and model of every run, made once."""
-
-    def __init__(self, data_args: TextArguments) -> None:
-        data = load_texts(data_args)
-        self.labels = class_names(data)
-        self.name = data_args.model_name_or_path or minilm()
-        self.tokenizer = AutoTokenizer.from_pretrained(self.name)
-
-        def encode(batch: dict) -> dict:
-            tokens = self.tokenizer(batch["text"], truncation=True, max_length=data_args.max_length)
-            return {**tokens, "label": [self.labels.index(label) for label in batch["label"]]}
-
-        self.data = data["train"].map(encode, batched=True, remove_columns=["text"])
-
-    def trainer(self, epochs: int, *callbacks: TrainerCallback, **arguments: Any) -> Trainer:
-        set_seed(0)
-        model = AutoModelForSequenceClassification.from_pretrained(self.name, num_labels=len(self.labels))
-        fixed = {"output_dir": "runs/benchmark", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-        training_args = TrainingArguments(
-            num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=3e-4, **fixed, **arguments
-        )
-        collator = DataCollatorWithPadding(self.tokenizer)
-        trainer = Trainer(model, training_args, collator, self.data, callbacks=list(callbacks))
-        trainer.remove_callback(PrinterCallback)
-        return trainer
-
-    def measure(self, method: Method, epochs: int) -> dict[str, Any]:
-        """Train once by a method."""
-        seconds = EpochSeconds()
-        used = [] if method.schedule is None else [UnfreezeCallback(method.schedule, cache=method.cache)]
-        trainer = self.trainer(epochs, *used, seconds)
-        return {"loss": trainer.train().training_loss, "seconds": seconds.seconds}
+    def once(self, task: Task, method: Method, of: dict[str, Any]) -> None:
+        """Run what ``of`` describes unless it is on record."""
+        if any(of.items() <= entry.items() for entry in self.all):
+            return
+        measured = train(task, method, of["epochs"], of["rate"], of["seed"], str(self.path.parent / "run"))
+        self.all.append({**of, **measured, "examples": len(task.data["train"]), "threads": torch.get_num_threads()})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.all[-1]) + "\n")
+        print(json.dumps(self.all[-1]), flush=True)
 
 
-class OwnTime(TrainerCallback):
-    """Seconds spent in the events and optimizer hooks of an UnfreezeCallback, and seconds of all steps."""
-
-    def __init__(self, callback: UnfreezeCallback) -> None:
-        self.callback = callback
-        self.own = self.total = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        for event in ("on_step_begin", "on_step_end", "on_log"):
-            vars(self.callback)[event] = self._timed(getattr(self.callback, event))
-        raw = getattr(optimizer, "optimizer", optimizer)
-        for hooks in (raw._optimizer_step_pre_hooks, raw._optimizer_step_post_hooks):
-            hooks.update({key: self._timed(hook) for key, hook in hooks.items()})
-        self._start = time.perf_counter()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.total = time.perf_counter() - self._start
-
-    def _timed(self, call: Any) -> Any:
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = call(*args, **kwargs)
-            self.own += time.perf_counter() - start
-            return result
-
-        return timed
-
-
-def overhead(setup: Setup, steps: int) -> float:
-    """Return the share of a step that the callback takes when everything trains and nothing is frozen."""
-    callback = UnfreezeCallback("all_at_once")
-    own = OwnTime(callback)
-    setup.trainer(1, callback, own, max_steps=steps).train()
-    return own.own / own.total
-
-
-def median_epochs(runs: list[dict[str, Any]]) -> list[float]:
-    """Return the median over repeats of the seconds of each epoch."""
-    return [statistics.median(epoch) for epoch in zip(*(entry["seconds"] for entry in runs), strict=True)]
-
-
-def table(results: dict[str, list[dict[str, Any]]]) -> Table:
-    """Lay out the ratios; the first method is the measure."""
-    shown = Table(title="Seconds, full fine-tuning = 1")
-    for column in ("method", "each epoch", "whole run", "with cache ÷ without", "training loss"):
-        shown.add_column(column)
-    full = median_epochs(next(iter(results.values())))
-    for name, runs in results.items():
-        epochs = median_epochs(runs)
-        without = results.get(name.removesuffix(", cache")) if name.endswith(", cache") else None
-        shown.add_row(
-            name,
-            " ".join(f"{seconds / statistics.median(full):.2f}" for seconds in epochs),
-            f"{sum(epochs) / sum(full):.2f}",
-            f"{sum(epochs) / sum(median_epochs(without)):.2f}" if without else "",
-            f"{runs[0]['loss']:.4f}",
-        )
-    return shown
+def rounds(arguments: BenchmarkArguments, tasks: dict[str, Task]) -> Iterator[tuple[str, Method, int, int]]:
+    """Yield task, method, epochs and seed in the order of measuring."""
+    chosen = [method for method in METHODS if method.name in arguments.methods]
+    for seed in range(arguments.seeds):
+        for name in tasks:
+            for method in chosen:
+                for epochs in method.epochs[:1] if arguments.quick else method.epochs:
+                    yield name, method, epochs, seed
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure, print the table, write the numbers."""
-    benchmark_args, data_args = parse(arguments, {}, BenchmarkArguments, TextArguments)
+    """Measure what is missing; write the table and the figures."""
+    (benchmark_args,) = parse(arguments, {}, BenchmarkArguments)
+    check("tasks", benchmark_args.tasks, list(TASKS))
+    check("methods", benchmark_args.methods, [method.name for method in METHODS])
+    check("clock", [benchmark_args.clock], ["wall", "cpu"])
+    if benchmark_args.quick:
+        benchmark_args.seeds = 2
+        benchmark_args.max_train_samples = benchmark_args.max_eval_samples = 32
     transformers.utils.logging.set_verbosity_error()
-    setup = Setup(data_args)
-    results: dict[str, list[dict[str, Any]]] = {method.name: [] for method in METHODS}
-    for _ in range(benchmark_args.repeats):
-        for method in METHODS:
-            results[method.name].append(setup.measure(method, benchmark_args.epochs))
-    share = overhead(setup, benchmark_args.overhead_steps)
-    console = Console(width=120)
-    console.print(table(results))
-    console.print(f"the callback itself, with nothing frozen: {100 * share:.4f} % of a step")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    numbers = versions | {
-        "examples": len(setup.data),
-        "threads": torch.get_num_threads(),
-        "callback_share": share,
-        "methods": {name: {"seconds": median_epochs(runs), "runs": runs} for name, runs in results.items()},
-    }
-    Path(benchmark_args.output).write_text(json.dumps(numbers, indent=2), encoding="utf-8")
+    transformers.utils.logging.disable_progress_bar()
+    limits = DataArguments(
+        max_train_samples=benchmark_args.max_train_samples, max_eval_samples=benchmark_args.max_eval_samples
+    )
+    tasks = {name: TASKS[name](limits) for name in benchmark_args.tasks}
+    runs = Runs(Path(benchmark_args.output_dir) / "runs.jsonl")
+    for name, method, epochs, seed in rounds(benchmark_args, tasks):
+        task, of = tasks[name], {"task": name, "method": method.name, "epochs": epochs, "seed": seed}
+        rates = task.rates[:1] if benchmark_args.quick else task.rates
+        for rate in rates if seed == 0 else [best_rate(runs.all, of, task.better)]:
+            runs.once(task, method, {**of, "rate": rate})
+    report(runs.all, {name: task.better for name, task in tasks.items()}, benchmark_args.clock, runs.path.parent)
 
 
 if __name__ == "__main__":

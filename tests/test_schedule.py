@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_unfreeze import UnfreezeError, all_at_once, gradual, linear_probe, parse_schedule
+from hf_unfreeze import UnfreezeError, all_at_once, gradual, linear_probe, parse_schedule, top
 from hf_unfreeze.schedule import Time, spec_of
 
 
@@ -55,6 +55,10 @@ PLANS = {
     "gradual(every=30%)": [(0, "head"), (21, "block[3], head"), (42, "block[2:4], head"), (63, "block[1:4], head"),
                            (70, "all")],
     "linear_probe(until=3step)": [(0, "head"), (3, "all")],
+    "top": [(0, "block[2:4], head")],
+    "top(0.26)": [(0, "block[2:4], head")],  # rounded up
+    "top(share=0.25)": [(0, "block[3], head")],
+    "top(1)": [(0, "block[0:4], head")],
     "all_at_once": [(0, "all")],
 }  # fmt: skip
 
@@ -71,6 +75,7 @@ def test_functions_are_the_specs():
         "gradual(blocks=2, every=0.50ep, embeddings=false)"
     )
     assert linear_probe() == parse_schedule("linear_probe")
+    assert top(1) == parse_schedule("top(1.0)")
     assert all_at_once() == parse_schedule("all_at_once()")
 
 

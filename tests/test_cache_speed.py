@@ -1,4 +1,4 @@
-"""The benchmark on a few examples: it compares what it says, and leaves its numbers."""
+"""The speed of the cache on a few examples: it compares what it says, and leaves its numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
-import benchmark
+import cache_speed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning"),
@@ -19,13 +19,13 @@ pytestmark = [
 ]
 
 
-def test_benchmark_on_a_few_examples(tmp_path, monkeypatch, capsys):
+def test_cache_speed_on_a_few_examples(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    benchmark.main(["--max_train_samples", "16", "--max_eval_samples", "4", "--repeats", "2", "--epochs", "2",
+    cache_speed.main(["--max_train_samples", "16", "--max_eval_samples", "4", "--repeats", "2", "--epochs", "2",
                     "--overhead_steps", "3", "--output", "numbers.json"])  # fmt: skip
     numbers = json.loads(Path("numbers.json").read_text())
     methods = numbers["methods"]
-    assert set(methods) == {method.name for method in benchmark.METHODS}
+    assert set(methods) == {method.name for method in cache_speed.METHODS}
     assert all(len(entry["runs"]) == 2 and len(entry["seconds"]) == 2 for entry in methods.values())
     for name in methods:
         if name.endswith(", cache"):  # what the cache must not change

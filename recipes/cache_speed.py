@@ -1,0 +1,201 @@
+"""Measure what freezing and the frozen-prefix cache save, side by side in one run.
+
+python recipes/cache_speed.py
+    a MiniLM on tweets: full fine-tuning; gradual unfreezing, the top half, the head alone, without and with cache
+python recipes/cache_speed.py --max_train_samples 64 --repeats 1
+    a look at it in a minute
+
+The methods take turns, repeat by repeat, so that a busy machine slows all of them alike. Only ratios mean something.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from common import parse, run
+from embedded import minilm
+from rich.console import Console
+from rich.table import Table
+from tables import TextArguments, class_names, load_texts
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_unfreeze import UnfreezeCallback
+
+
+@dataclass
+class SpeedArguments:
+    """How much is measured."""
+
+    repeats: int = field(default=3, metadata={"help": "Runs of each method; the median counts."})
+    epochs: int = field(default=5, metadata={"help": "Epochs of each run."})
+    overhead_steps: int = field(default=30, metadata={"help": "Steps that measure the cost of the callback itself."})
+    output: str = field(default="cache_speed.json", metadata={"help": "Where the numbers go."})
+
+
+class Method(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    schedule: str | None
+    cache: str | None = None
+
+
+SCHEDULES = {
+    "gradual, to 3 blocks": "head@0, block[-1]@1ep, block[-2:]@2ep, block[-3:]@3ep",
+    "top 3 blocks": "block[-3:]@0, head@0",
+    "head alone": "head@0",
+}
+METHODS = [Method("full fine-tuning", None)]
+for name, schedule in SCHEDULES.items():
+    METHODS += [Method(name, schedule), Method(f"{name}, cache", schedule, "memory")]
+
+
+class EpochSeconds(TrainerCallback):
+    """Seconds of each epoch."""
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds: list[float] = []
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+class Setup:
+    """Data and model of every run, made once."""
+
+    def __init__(self, data_args: TextArguments) -> None:
+        data = load_texts(data_args)
+        self.labels = class_names(data)
+        self.name = data_args.model_name_or_path or minilm()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.name)
+
+        def encode(batch: dict) -> dict:
+            tokens = self.tokenizer(batch["text"], truncation=True, max_length=data_args.max_length)
+            return {**tokens, "label": [self.labels.index(label) for label in batch["label"]]}
+
+        self.data = data["train"].map(encode, batched=True, remove_columns=["text"])
+
+    def trainer(self, epochs: int, *callbacks: TrainerCallback, **arguments: Any) -> Trainer:
+        set_seed(0)
+        model = AutoModelForSequenceClassification.from_pretrained(self.name, num_labels=len(self.labels))
+        fixed = {"output_dir": "runs/cache_speed", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+        training_args = TrainingArguments(
+            num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=3e-4, **fixed, **arguments
+        )
+        collator = DataCollatorWithPadding(self.tokenizer)
+        trainer = Trainer(model, training_args, collator, self.data, callbacks=list(callbacks))
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def measure(self, method: Method, epochs: int) -> dict[str, Any]:
+        """Train once by a method."""
+        seconds = EpochSeconds()
+        used = [] if method.schedule is None else [UnfreezeCallback(method.schedule, cache=method.cache)]
+        trainer = self.trainer(epochs, *used, seconds)
+        return {"loss": trainer.train().training_loss, "seconds": seconds.seconds}
+
+
+class OwnTime(TrainerCallback):
+    """Seconds spent in the events and optimizer hooks of an UnfreezeCallback, and seconds of all steps."""
+
+    def __init__(self, callback: UnfreezeCallback) -> None:
+        self.callback = callback
+        self.own = self.total = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        for event in ("on_step_begin", "on_step_end", "on_log"):
+            vars(self.callback)[event] = self._timed(getattr(self.callback, event))
+        raw = getattr(optimizer, "optimizer", optimizer)
+        for hooks in (raw._optimizer_step_pre_hooks, raw._optimizer_step_post_hooks):
+            hooks.update({key: self._timed(hook) for key, hook in hooks.items()})
+        self._start = time.perf_counter()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.total = time.perf_counter() - self._start
+
+    def _timed(self, call: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            result = call(*args, **kwargs)
+            self.own += time.perf_counter() - start
+            return result
+
+        return timed
+
+
+def overhead(setup: Setup, steps: int) -> float:
+    """Return the share of a step that the callback takes when everything trains and nothing is frozen."""
+    callback = UnfreezeCallback("all_at_once")
+    own = OwnTime(callback)
+    setup.trainer(1, callback, own, max_steps=steps).train()
+    return own.own / own.total
+
+
+def median_epochs(runs: list[dict[str, Any]]) -> list[float]:
+    """Return the median over repeats of the seconds of each epoch."""
+    return [statistics.median(epoch) for epoch in zip(*(entry["seconds"] for entry in runs), strict=True)]
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> Table:
+    """Lay out the ratios; the first method is the measure."""
+    shown = Table(title="Seconds, full fine-tuning = 1")
+    for column in ("method", "each epoch", "whole run", "with cache ÷ without", "training loss"):
+        shown.add_column(column)
+    full = median_epochs(next(iter(results.values())))
+    for name, runs in results.items():
+        epochs = median_epochs(runs)
+        without = results.get(name.removesuffix(", cache")) if name.endswith(", cache") else None
+        shown.add_row(
+            name,
+            " ".join(f"{seconds / statistics.median(full):.2f}" for seconds in epochs),
+            f"{sum(epochs) / sum(full):.2f}",
+            f"{sum(epochs) / sum(median_epochs(without)):.2f}" if without else "",
+            f"{runs[0]['loss']:.4f}",
+        )
+    return shown
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print the table, write the numbers."""
+    speed_args, data_args = parse(arguments, {}, SpeedArguments, TextArguments)
+    transformers.utils.logging.set_verbosity_error()
+    setup = Setup(data_args)
+    results: dict[str, list[dict[str, Any]]] = {method.name: [] for method in METHODS}
+    for _ in range(speed_args.repeats):
+        for method in METHODS:
+            results[method.name].append(setup.measure(method, speed_args.epochs))
+    share = overhead(setup, speed_args.overhead_steps)
+    console = Console(width=120)
+    console.print(table(results))
+    console.print(f"the callback itself, with nothing frozen: {100 * share:.4f} % of a step")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    numbers = versions | {
+        "examples": len(setup.data),
+        "threads": torch.get_num_threads(),
+        "callback_share": share,
+        "methods": {name: {"seconds": median_epochs(runs), "runs": runs} for name, runs in results.items()},
+    }
+    Path(speed_args.output).write_text(json.dumps(numbers, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

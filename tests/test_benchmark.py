@@ -1,0 +1,71 @@
+"""The benchmark on a few examples: every method runs on every task, what is on record is not run again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+
+import benchmark
+from benchmark_methods import METHODS
+from benchmark_report import best_rate, fastest_equal, rows_of, table
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),  # Trainer's default
+    pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning"),
+]
+
+
+def entry(method, epochs, seed, rate, quality, seconds):
+    of = {"task": "text", "method": method, "epochs": epochs, "seed": seed, "rate": rate}
+    return {**of, "quality": quality, "wall": [seconds] * epochs, "cpu": [0.0] * epochs, "optimizer_bytes": 0}
+
+
+RUNS = [
+    entry("full fine-tuning", 2, 0, 1e-4, 0.75, 50),
+    entry("full fine-tuning", 2, 0, 3e-4, 0.70, 50),
+    entry("full fine-tuning", 2, 1, 1e-4, 0.74, 50),
+    entry("half", 1, 0, 1e-4, 0.72, 20),
+    entry("half", 1, 1, 1e-4, 0.72, 20),
+    entry("half", 2, 0, 1e-4, 0.742, 20),
+    entry("half", 2, 1, 1e-4, 0.742, 20),
+    entry("head", 9, 0, 1e-3, 0.65, 1),
+]
+
+
+def test_the_rate_is_the_best_of_the_first_seed_in_both_directions():
+    of = {"task": "text", "method": "full fine-tuning", "epochs": 2}
+    assert best_rate(RUNS, of, 1) == 1e-4
+    assert best_rate(RUNS, of, -1) == 3e-4
+
+
+def test_time_at_equal_quality_is_of_the_shortest_run_within_the_margin():
+    rows = rows_of(RUNS, "text", 1, "wall")
+    assert [(row.method, row.epochs, len(row.qualities)) for row in rows] == [
+        ("full fine-tuning", 2, 2), ("half", 1, 2), ("half", 2, 2), ("head", 9, 1)]  # fmt: skip
+    assert fastest_equal(rows, "half", 0.745, 1) == 40
+    assert fastest_equal(rows, "head", 0.745, 1) is None
+    text = table(rows, 1)
+    assert "* half: 0.40" in text and "* head: not reached" in text
+
+
+@pytest.mark.slow
+def test_every_method_on_text_then_nothing_again(tmp_path, monkeypatch, capsys):
+    arguments = ["--quick", "true", "--tasks", "text", "--output_dir", str(tmp_path)]
+    benchmark.main(arguments)
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert {run["method"] for run in runs} == {method.name for method in METHODS}
+    assert len(runs) == 2 * len(METHODS)
+    assert "## text: 32 examples" in (tmp_path / "benchmark.md").read_text()
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("frontier.png", "epochs.png"))
+    monkeypatch.setattr(benchmark, "train", lambda *of: pytest.fail("a run on record ran again"))
+    benchmark.main(arguments)
+
+
+def test_what_is_not_there_is_refused():
+    with pytest.raises(SystemExit, match="there is no 'music', only text, images, speech"):
+        benchmark.main(["--tasks", "music"])
