@@ -22,6 +22,7 @@ from ._trainer import (
     probe_of,
     refuse,
     restart_patience,
+    show_timeline,
     steps_per_epoch,
 )
 from ._watch import watch
@@ -227,8 +228,9 @@ class UnfreezeCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore every flag, hook and mode."""
+        """Restore every flag, hook and mode, and show what happened."""
         self._close()
+        show_timeline()  # before the reporters close: this callback comes first
 
     def _advance(self, args: TrainingArguments, state: TrainerState) -> None:
         if self.unfreezer is None:
