@@ -11,6 +11,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ._history import as_record, divergence, past_transitions
+from ._live import LiveView
 from ._options import Options
 from ._plan import plan_rows, plan_table, state_copies
 from ._trainer import (
@@ -147,6 +148,7 @@ class UnfreezeCallback(TrainerCallback):
             parse_selectors(reinitialize)
         self.cache = FrozenPrefixCache.parse(cache)
         self.unfreezer: Unfreezer | None = None
+        self._live: LiveView | None = None
         self._steps_per_epoch: int | None = None
         self._unwatch: list[Callable[[], None]] = []
 
@@ -188,6 +190,7 @@ class UnfreezeCallback(TrainerCallback):
         )
         if trainer is not None:
             self._attach(trainer)
+            self._live = LiveView(trainer, self.unfreezer, self._steps_per_epoch, self.cache)
         if state.is_world_process_zero and not args.disable_tqdm:
             self._print_plan(model, state)
         self.unfreezer.decisions.replay(state.log_history, state.global_step)
@@ -202,6 +205,8 @@ class UnfreezeCallback(TrainerCallback):
     ) -> None:
         """Change phase where the schedule says so: between two optimizer steps, before the forward."""
         self._advance(args, state)
+        if self._live is not None:
+            self._live.update()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the phase and the learning rate of each group to the usual training logs."""
@@ -286,6 +291,6 @@ class UnfreezeCallback(TrainerCallback):
     def _close(self) -> None:
         if self.unfreezer is not None:
             self.unfreezer.close()
-            self.unfreezer = None
+            self.unfreezer = self._live = None
         while self._unwatch:
             self._unwatch.pop()()
