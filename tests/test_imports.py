@@ -20,7 +20,7 @@ ORDER = ["errors", "_spec", "_named", "_arguments", "_phases", "schedule", "arch
          "_shadow", "_keys", "_store", "_prefix", "_activations", "_exact", "_caching", "cache",
          "criteria", "_probe", "_plateau", "_decisions",
          "unfreezer", "_history", "_plan", "_watch", "_timeline", "_heatmap",
-         "_trainer", "_live", "callback", "report", "cli", "__main__"]  # fmt: skip
+         "_trainer", "_live", "callback", "report", "_search", "cli", "__main__"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ORDER)
