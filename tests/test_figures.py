@@ -119,11 +119,11 @@ def run_history(run):
     return run if isinstance(run, list) else run.state.log_history
 
 
-def test_tensorboard_gets_phases_rates_and_the_timeline(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+def test_tensorboard_gets_phases_rates_and_the_timeline(make_trainer, tmp_path):
     trainer = make_trainer(UnfreezeCallback("head@0, all@3step"), max_steps=5, report_to="tensorboard")
     trainer.train()
-    events = EventAccumulator(str(tmp_path / "events"))
+    (folder,) = (tmp_path / "run" / "runs").iterdir()
+    events = EventAccumulator(str(folder))
     events.Reload()
     scalars = {name: [(e.step, e.value) for e in events.Scalars(f"train/{name}")] for name in
                ("unfreeze/phase", "lr/head", "lr/block[0]")}  # fmt: skip
