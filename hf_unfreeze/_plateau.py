@@ -11,7 +11,7 @@ from ._spec import Group
 from .errors import ScheduleError, near_match
 from .schedule import Phase, Schedule
 
-__all__ = ["Plateau", "with_metric"]
+__all__ = ["Plateau", "greater_is_better", "with_metric"]
 
 # Last word of a metric of which less is better; of any other, more is.
 _LESS_IS_BETTER = ("loss", "perplexity", "error", "wer", "cer", "ter", "eer", "mse", "rmse", "mae", "fid")
@@ -39,7 +39,7 @@ class Plateau:
         self.metric: str = given["metric"]
         self._patience: int = given["patience"]
         self._min_delta: float = given["min_delta"]
-        self._greater = _greater_is_better(self.metric, given["mode"])
+        self._greater = greater_is_better(self.metric, given["mode"])
         self._at_least = given["at_least"].to_step(total_steps, steps_per_epoch)
         at_most = given["at_most"]
         self._at_most: float = at_most.to_step(total_steps, steps_per_epoch) if at_most else math.inf
@@ -170,7 +170,8 @@ def _prefixed(metric: str) -> str:
     return metric if not metric or metric.startswith("eval_") else f"eval_{metric}"
 
 
-def _greater_is_better(metric: str, mode: str) -> bool:
+def greater_is_better(metric: str, mode: str) -> bool:
+    """Tell whether more of a metric is better, in mode ``auto`` by its name."""
     if mode != "auto":
         return mode == "max"
     return metric.replace("-", "_").rpartition("_")[2].lower() not in _LESS_IS_BETTER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ._plan import model_card_section
 from ._plateau import with_metric
 from ._probe import Probe
+from ._timeline import group_names, timeline
 from .distributed import DEEPSPEED
 from .errors import EnvironmentRefused
 from .schedule import Schedule, parse_schedule
@@ -29,6 +32,7 @@ __all__ = [
     "probe_of",
     "refuse",
     "restart_patience",
+    "show_timeline",
     "steps_per_epoch",
 ]
 
@@ -112,6 +116,16 @@ def restart_patience() -> None:
     for callback in trainer.callback_handler.callbacks if trainer else ():
         if isinstance(callback, EarlyStoppingCallback):
             callback.early_stopping_patience_counter = 0
+
+
+def show_timeline() -> None:
+    """Give TensorBoard the timeline of the run that ends, where it is a reporter and matplotlib is installed."""
+    trainer = calling_trainer()
+    if trainer is None or not group_names(trainer.state.log_history) or not importlib.util.find_spec("matplotlib"):
+        return
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
+            callback.tb_writer.add_figure("unfreeze/timeline", timeline(trainer), trainer.state.global_step)
 
 
 def extend_model_card(trainer: Trainer, schedule: str) -> None:

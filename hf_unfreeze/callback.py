@@ -11,6 +11,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ._history import as_record, divergence, past_transitions
+from ._live import LiveView
 from ._options import Options
 from ._plan import plan_rows, plan_table, state_copies
 from ._trainer import (
@@ -22,6 +23,7 @@ from ._trainer import (
     probe_of,
     refuse,
     restart_patience,
+    show_timeline,
     steps_per_epoch,
 )
 from ._watch import watch
@@ -146,6 +148,7 @@ class UnfreezeCallback(TrainerCallback):
             parse_selectors(reinitialize)
         self.cache = FrozenPrefixCache.parse(cache)
         self.unfreezer: Unfreezer | None = None
+        self._live: LiveView | None = None
         self._steps_per_epoch: int | None = None
         self._unwatch: list[Callable[[], None]] = []
 
@@ -187,6 +190,7 @@ class UnfreezeCallback(TrainerCallback):
         )
         if trainer is not None:
             self._attach(trainer)
+            self._live = LiveView(trainer, self.unfreezer, self._steps_per_epoch, self.cache)
         if state.is_world_process_zero and not args.disable_tqdm:
             self._print_plan(model, state)
         self.unfreezer.decisions.replay(state.log_history, state.global_step)
@@ -201,6 +205,8 @@ class UnfreezeCallback(TrainerCallback):
     ) -> None:
         """Change phase where the schedule says so: between two optimizer steps, before the forward."""
         self._advance(args, state)
+        if self._live is not None:
+            self._live.update()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the phase and the learning rate of each group to the usual training logs."""
@@ -227,8 +233,9 @@ class UnfreezeCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore every flag, hook and mode."""
+        """Restore every flag, hook and mode, and show what happened."""
         self._close()
+        show_timeline()  # before the reporters close: this callback comes first
 
     def _advance(self, args: TrainingArguments, state: TrainerState) -> None:
         if self.unfreezer is None:
@@ -284,6 +291,6 @@ class UnfreezeCallback(TrainerCallback):
     def _close(self) -> None:
         if self.unfreezer is not None:
             self.unfreezer.close()
-            self.unfreezer = None
+            self.unfreezer = self._live = None
         while self._unwatch:
             self._unwatch.pop()()

@@ -1,4 +1,4 @@
-"""``hf-unfreeze plan · groups · architectures``: read only, from a config alone, no weights loaded."""
+"""``hf-unfreeze plan · groups · architectures`` read a config and no weights; ``search`` runs a script of yours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UnfreezeError, near_match
@@ -38,7 +39,10 @@ HEADS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 2 with one line on stderr for a bad argument."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    own = words.index("--") if "--" in words and words[0] == "search" else len(words)
+    arguments = _parser().parse_args(words[:own])
+    arguments.passed_on = words[own + 1 :]
     command: Callable[[argparse.Namespace], None] = arguments.command
     try:
         command(arguments)
@@ -68,7 +72,19 @@ def _parser() -> argparse.ArgumentParser:
     architectures = commands.add_parser("architectures", help="registered architectures; others are detected")
     architectures.add_argument("--markdown", action="store_true", help="the page hf_unfreeze/ARCHITECTURES.md")
     architectures.set_defaults(command=_architectures)
-    for command in (plan, groups, architectures):
+    search = commands.add_parser(
+        "search", help="try schedules, layer decays and learning rates on a script: search SCRIPT -- ITS ARGUMENTS"
+    )
+    search.add_argument("script", type=Path, metavar="SCRIPT", help="a recipe, or one with the same arguments")
+    search.add_argument("--metric", default="eval_loss", help="key in its all_results.json")
+    search.add_argument("--trials", type=int, default=20, help="finished trials, those of before included")
+    search.add_argument("--output", type=Path, default=Path("runs/search"), help="folder; a search there goes on")
+    search.add_argument("--schedule", action="append", help="one to try; once for each, instead of five usual ones")
+    for name, default in (("--layer-decay", (0.7, 1.0)), ("--learning-rate", (1e-5, 1e-3))):
+        search.add_argument(name, type=float, nargs=2, default=default, metavar=("LOW", "HIGH"))
+    search.add_argument("--seed", type=int, default=0, help="of the draws")
+    search.set_defaults(command=_search)
+    for command in (plan, groups, architectures, search):
         command.add_argument("--json", action="store_true", help="JSON instead of a table")
     return parser
 
@@ -145,6 +161,25 @@ def _architectures(arguments: argparse.Namespace) -> None:
     _show(
         arguments, rows, lambda: _table("Registered architectures; the structure of any other model is detected", rows)
     )
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    from ._search import SCHEDULES, Search, trials_figure, trials_table
+
+    search = Search(
+        arguments.script,
+        arguments.passed_on,
+        arguments.output,
+        arguments.metric,
+        arguments.schedule or SCHEDULES,
+        tuple(arguments.layer_decay),
+        tuple(arguments.learning_rate),
+        arguments.seed,
+    )
+    rows = search.run(arguments.trials)
+    title = f"{len(rows)} trials of {arguments.script} by {arguments.metric}, the best first"
+    _show(arguments, rows, lambda: trials_table(rows, title))
+    trials_figure(rows, arguments.metric).savefig(arguments.output / "trials.png", dpi=150)
 
 
 def _meta_model(name: str, head: str | None) -> nn.Module:

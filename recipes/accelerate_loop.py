@@ -22,7 +22,7 @@ from accelerate.utils import set_seed
 from common import parse, run
 from embedded import minilm
 from scores import Classification
-from tables import TextArguments, class_names, load_texts
+from tables import TextArguments, class_names, fewer, load_texts
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     with accelerator.main_process_first():
         data = load_texts(data_args)
     labels = class_names(data)
+    data = fewer(data, data_args)
     name = data_args.model_name_or_path or minilm()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForSequenceClassification.from_pretrained(

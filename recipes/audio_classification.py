@@ -20,7 +20,7 @@ from audio import AudioArguments, Listener, by_folder, stack, without_decoding
 from common import finish, parse, run
 from embedded_speech import topics, whisper
 from scores import classification_metrics
-from tables import class_names, label_names, labelled, load_splits, model_card
+from tables import class_names, fewer, label_names, labelled, load_splits, model_card
 from transformers import AutoModelForAudioClassification, Trainer, TrainingArguments, set_seed
 
 from hf_unfreeze import UnfreezeArguments, UnfreezeCallback
@@ -65,13 +65,13 @@ def main(arguments: list[str] | None = None) -> None:
             data = load_splits(replace(data_args, dataset_name=None), columns, lambda: by_folder(folder))
         else:
             data = load_splits(data_args, columns, topics)
-        data = without_decoding(data, data_args.audio_column)
+        labels = class_names(data, data_args.label_column)
+        data = without_decoding(fewer(data, data_args), data_args.audio_column)
         names = {split: label_names(rows, data_args.label_column) for split, rows in data.items()}
         data = data.map(
             lambda row: {"input_features": listener.features(row)}, remove_columns=data["train"].column_names
         )
     data = datasets.DatasetDict({split: rows.add_column("label", names[split]) for split, rows in data.items()})
-    labels = class_names(data)
     model = AutoModelForAudioClassification.from_pretrained(
         name,
         **labelled(labels),

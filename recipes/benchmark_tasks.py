@@ -14,7 +14,7 @@ from embedded_images import vit
 from embedded_speech import prompts, whisper
 from image_classification import EMBEDDED_SIZE, ImageArguments, load_images, set_size
 from scores import classification_metrics, speech_metrics
-from tables import DataArguments, TextArguments, class_names, labelled, load_splits, load_texts
+from tables import DataArguments, TextArguments, class_names, fewer, labelled, load_splits, load_texts
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoImageProcessor,
@@ -72,7 +72,7 @@ def text(limits: DataArguments) -> Task:
         "accuracy",
         1,
         (1e-4, 3e-4, 1e-3),
-        data.map(encode, batched=True, remove_columns=["text"]),
+        fewer(data, limits).map(encode, batched=True, remove_columns=["text"]),
         lambda: AutoModelForSequenceClassification.from_pretrained(minilm(), **labelled(labels)),
         DataCollatorWithPadding(tokenizer),
         classification_metrics,
@@ -94,7 +94,7 @@ def images(limits: DataArguments) -> Task:
         pixels = processor([image.convert("RGB") for image in batch["image"]], return_tensors="np")
         return {**pixels, "labels": [labels.index(label) for label in batch["label"]]}
 
-    prepared = data.map(encode, batched=True, remove_columns=["image", "label"]).with_format("torch")
+    prepared = fewer(data, limits).map(encode, batched=True, remove_columns=["image", "label"]).with_format("torch")
     return Task("accuracy", 1, (5e-5, 1e-4, 3e-4), prepared, load, default_data_collator, classification_metrics)
 
 
@@ -119,7 +119,7 @@ def speech(limits: DataArguments) -> Task:
         labels = [torch.tensor(row["labels"]) for row in rows]
         return {"input_features": stack(rows), "labels": pad_sequence(labels, batch_first=True, padding_value=-100)}
 
-    data = without_decoding(load_splits(arguments, ["audio", "text"], prompts), "audio")
+    data = without_decoding(fewer(load_splits(arguments, ["audio", "text"], prompts), limits), "audio")
     return Task(
         "wer",
         -1,

@@ -23,7 +23,7 @@ from common import parse, run
 from embedded import minilm
 from rich.console import Console
 from rich.table import Table
-from tables import TextArguments, class_names, load_texts
+from tables import TextArguments, class_names, fewer, load_texts
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -92,7 +92,7 @@ class Setup:
             tokens = self.tokenizer(batch["text"], truncation=True, max_length=data_args.max_length)
             return {**tokens, "label": [self.labels.index(label) for label in batch["label"]]}
 
-        self.data = data["train"].map(encode, batched=True, remove_columns=["text"])
+        self.data = fewer(data, data_args)["train"].map(encode, batched=True, remove_columns=["text"])
 
     def trainer(self, epochs: int, *callbacks: TrainerCallback, **arguments: Any) -> Trainer:
         set_seed(0)

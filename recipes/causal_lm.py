@@ -19,7 +19,7 @@ import datasets
 from common import finish, parse, run
 from embedded import minilm, tweets
 from scores import perplexity_metrics, token_losses
-from tables import DataArguments, load_splits, model_card
+from tables import DataArguments, fewer, load_splits, model_card
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -66,14 +66,15 @@ def packer(tokenizer: Any, size: int) -> Callable[[dict], dict]:
         encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
         stream = [token for text in encoded if text for token in (*text, end)]
         blocks = [stream[start : start + size] for start in range(0, len(stream) - size + 1, size)]
-        return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
+        # nothing comes before the first token to tell it from; without -100 the Trainer counts it in the mean loss
+        return {"input_ids": blocks, "labels": [[-100, *block[1:]] for block in blocks]}
 
     return pack
 
 
 def load_blocks(arguments: BlockArguments, tokenizer: Any) -> datasets.DatasetDict:
     """Return the splits train and validation as blocks of tokens."""
-    data = load_splits(arguments, [arguments.text_column], tweets)
+    data = fewer(load_splits(arguments, [arguments.text_column], tweets), arguments)
     pack = packer(tokenizer, arguments.block_size)
     blocks = {}
     for split, rows in data.items():

@@ -22,7 +22,7 @@ from common import finish, parse, run
 from embedded_images import fashion, vit
 from PIL import Image, ImageOps
 from scores import classification_metrics
-from tables import DataArguments, class_names, label_names, labelled, load_splits, model_card
+from tables import DataArguments, class_names, fewer, label_names, labelled, load_splits, model_card
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -121,6 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
         data = load_images(data_args)
         name = data_args.model_name_or_path or vit()
     labels = class_names(data)
+    data = fewer(data, data_args)
     model = AutoModelForImageClassification.from_pretrained(
         name,
         **labelled(labels),

@@ -10,6 +10,7 @@ accelerate launch --multi_gpu --num_processes 2 recipes/speech_recognition.py
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from audio import AudioArguments, Listener, stack, without_decoding
 from common import finish, parse, run
 from embedded_speech import prompts, whisper
 from scores import speech_metrics, words
-from tables import load_splits, model_card
+from tables import fewer, load_splits, model_card
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForSpeechSeq2Seq,
@@ -27,6 +28,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     set_seed,
 )
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from hf_unfreeze import UnfreezeArguments, UnfreezeCallback
 
@@ -51,9 +53,29 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class SpeechArguments(AudioArguments):
-    """Column of what is said."""
+    """Column of what is said, and in which language."""
 
     text_column: str = field(default="text", metadata={"help": "Column with the words that are said."})
+    language: str | None = field(
+        default=None, metadata={"help": "What a model of many languages hears: german, or de."}
+    )
+
+
+def set_language(model: Any, tokenizer: Any, language: str | None) -> None:
+    """Let a model of many languages write one, in training and afterwards; English ones know no other."""
+    if not getattr(model.generation_config, "is_multilingual", False):
+        if language:
+            raise SystemExit(f"--language {language}: this model knows English alone. Leave it out.")
+        return
+    if language not in (*TO_LANGUAGE_CODE, *LANGUAGES):
+        near = difflib.get_close_matches(language or "", TO_LANGUAGE_CODE, 1)
+        raise SystemExit(
+            "this model knows many languages. Say which is spoken: --language german, or de."
+            + (f" There is no {language!r}." if language else "")
+            + (f" Did you mean {near[0]!r}?" if near else "")
+        )
+    tokenizer.set_prefix_tokens(language=language, task="transcribe")
+    model.generation_config.language, model.generation_config.task = language, "transcribe"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,6 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForSpeechSeq2Seq.from_pretrained(name)
     listener.cut(model)
+    set_language(model, tokenizer, data_args.language)
     start = model.config.decoder_start_token_id
 
     def encode(row: dict) -> dict:
@@ -84,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     with training_args.main_process_first(desc="reading the data"):
         data = load_splits(data_args, [data_args.audio_column, data_args.text_column], prompts)
-        data = without_decoding(data, data_args.audio_column)
+        data = without_decoding(fewer(data, data_args), data_args.audio_column)
         data = data.map(encode, remove_columns=data["train"].column_names)
     trainer = Seq2SeqTrainer(
         model=model,

@@ -17,7 +17,7 @@ from typing import Any
 from common import finish, parse, run
 from embedded import described_tweets, minilm
 from scores import rouge_metrics
-from tables import DataArguments, load_splits, model_card
+from tables import DataArguments, fewer, load_splits, model_card
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     training_args.generation_max_length = training_args.generation_max_length or data_args.max_target_length
     with training_args.main_process_first(desc="reading the data"):
         columns = [data_args.text_column, data_args.summary_column]
-        data = load_splits(data_args, columns, described_tweets).select_columns(columns)
+        data = fewer(load_splits(data_args, columns, described_tweets), data_args).select_columns(columns)
     name = data_args.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(name or minilm())
     metrics = rouge_metrics(tokenizer)

@@ -46,11 +46,15 @@ def load_splits(
 
     Where no split serves for validation, a fifth of train is held out, the same one every time.
     """
-    data = _with_validation(_read(arguments, embedded), columns)
+    return _with_validation(_read(arguments, embedded), columns)
+
+
+def fewer(data: datasets.DatasetDict, arguments: DataArguments) -> datasets.DatasetDict:
+    """Return as many examples as are asked for; take the names of the classes before, of which the rare may go."""
     limits = {"train": arguments.max_train_samples, "validation": arguments.max_eval_samples}
-    for split, limit in limits.items():
-        data[split] = data[split] if limit is None else _sample(data[split], limit)
-    return data
+    return datasets.DatasetDict(
+        {split: data[split] if limit is None else _sample(data[split], limit) for split, limit in limits.items()}
+    )
 
 
 def load_texts(arguments: TextArguments, embedded: Callable[[], datasets.DatasetDict] = tweets) -> datasets.DatasetDict:
@@ -137,9 +141,9 @@ def label_names(rows: datasets.Dataset, column: str) -> list[str]:
     ]
 
 
-def class_names(data: datasets.DatasetDict) -> list[str]:
+def class_names(data: datasets.DatasetDict, column: str = "label") -> list[str]:
     """Return every label in a fixed order: numbers by value, so that class 2 comes before class 10; else as text."""
-    names = {name for split in data.values() for name in split["label"]}
+    names = {name for split in data.values() for name in label_names(split, column)}
     try:
         return sorted(names, key=int)
     except ValueError:

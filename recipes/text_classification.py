@@ -15,7 +15,7 @@ from typing import Any
 from common import finish, parse, run
 from embedded import minilm
 from scores import classification_metrics
-from tables import TextArguments, class_names, labelled, load_texts, model_card
+from tables import TextArguments, class_names, fewer, labelled, load_texts, model_card
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     with training_args.main_process_first(desc="reading the data"):
         data = load_texts(data_args)
     labels = class_names(data)
+    data = fewer(data, data_args)
     name = data_args.model_name_or_path or minilm()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForSequenceClassification.from_pretrained(

@@ -18,7 +18,7 @@ import datasets
 from common import finish, parse, run
 from embedded import minilm, named_entities
 from scores import entity_metrics
-from tables import DataArguments, labelled, load_splits, model_card
+from tables import DataArguments, fewer, labelled, load_splits, model_card
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -107,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     with training_args.main_process_first(desc="reading the data"):
         data = load_tags(data_args)
     names = sorted({tag for rows in data.values() for tags in rows["tags"] for tag in tags})
+    data = fewer(data, data_args)
     metrics = entity_metrics(names)
     name = data_args.model_name_or_path or minilm()
     tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)  # byte-level ones need it before each word

@@ -154,7 +154,17 @@ def test_a_test_split_serves_for_validation_and_train_stays_whole(tmp_path):
 def test_fewer_examples_come_from_the_whole_file(tmp_path):
     path = write_csv(tmp_path / "sorted.csv", [(f"text {i}", i // 50) for i in range(100)])
     arguments = tables.TextArguments(train_file=path, validation_file=path, max_train_samples=20)
-    assert set(tables.load_texts(arguments)["train"]["label"]) == {"0", "1"}
+    data = tables.fewer(tables.load_texts(arguments), arguments)
+    assert len(data["train"]) == 20 and set(data["train"]["label"]) == {"0", "1"}
+
+
+def test_a_rare_class_is_known_even_where_no_example_of_it_is_taken(tmp_path):
+    path = write_csv(tmp_path / "mine.csv", [("text", "common")] * 30 + [("text", "rare")])
+    model = ["--max_train_samples", "4", "--max_eval_samples", "2"]
+    text_classification.main(
+        ["--train_file", path, "--validation_file", path, "--output_dir", str(tmp_path), *model, *SHORT]
+    )
+    assert json.loads((tmp_path / "config.json").read_text())["id2label"] == {"0": "common", "1": "rare"}
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,13 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from transformers import AutoTokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.insert(0, str(RECIPES))
@@ -126,3 +128,18 @@ def test_bad_tables_are_refused_in_one_line(tmp_path, table, message):
     with pytest.raises(SystemExit, match=message):
         speech_recognition.main(["--train_file", path, "--validation_file", path, "--output_dir", str(tmp_path),
                                  *SHORT])  # fmt: skip
+
+
+def test_a_model_of_many_languages_wants_to_be_told_one():
+    tokenizer = AutoTokenizer.from_pretrained(embedded_speech.whisper())
+    model = SimpleNamespace(generation_config=SimpleNamespace(is_multilingual=True))
+    for language, message in ((None, "--language german"), ("germann", "Did you mean 'german'")):
+        with pytest.raises(SystemExit, match=message):
+            speech_recognition.set_language(model, tokenizer, language)
+    speech_recognition.set_language(model, tokenizer, "german")
+    assert (model.generation_config.language, model.generation_config.task) == ("german", "transcribe")
+    told = tokenizer.convert_ids_to_tokens(tokenizer("hallo").input_ids)
+    assert told[:4] == ["<|startoftranscript|>", "<|de|>", "<|transcribe|>", "<|notimestamps|>"]
+    model.generation_config.is_multilingual = False
+    with pytest.raises(SystemExit, match="knows English alone"):
+        speech_recognition.set_language(model, tokenizer, "german")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,12 +82,27 @@ def test_tags_of_own_data_are_in_the_config(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["id2label"] == {"0": "B-place", "1": "O"}
 
 
+@pytest.mark.slow
+def test_the_launch_file_for_two_processes_runs_a_recipe(tmp_path):
+    recipes = Path(token_classification.__file__).parent
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(recipes / "launch" / "two_cpu_processes.yaml")]
+    own = ["--train_file", write(tmp_path / "mine.jsonl", TAGGED), "--output_dir", str(tmp_path / "out"),
+           "--model_name_or_path", tiny_classifier(tmp_path / "model")]  # fmt: skip
+    recipe = [str(recipes / "token_classification.py"), *own, *SHORT, "--per_device_train_batch_size", "1"]
+    done = subprocess.run([sys.executable, *launch, *recipe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all((tmp_path / "out" / name).stat().st_size for name in LEFT)
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["epoch"] == 1  # 8 examples, 4 steps of 2: with one process half an epoch
+
+
 def test_a_text_file_trains_a_language_model(tmp_path):
     (tmp_path / "mine.txt").write_text("\n".join(f"one line of text, number {i}" for i in range(20)))
     causal_lm.main(
         ["--train_file", str(tmp_path / "mine.txt"), "--block_size", "16", "--output_dir", str(tmp_path), *SHORT]
     )
-    assert json.loads((tmp_path / "all_results.json").read_text())["eval_perplexity"] > 1
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["eval_perplexity"] == pytest.approx(math.exp(results["eval_loss"]), rel=1e-4)
     assert "trained from scratch" in (tmp_path / "README.md").read_text()
 
 
@@ -122,7 +139,8 @@ def test_new_labels_are_added_and_both_accuracies_told(tmp_path, capsys):
                     "--output_dir", str(tmp_path), *SHORT, "--schedule", "head@0"])  # fmt: skip
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert {f"{stage}_{data}_accuracy" for stage in ("before", "eval") for data in ("old", "new")} <= set(results)
-    assert f"{results['before_old_accuracy']:.3f}" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert all(f"{results[f'before_old_{score}']:.3f}" in shown for score in ("accuracy", "f1"))
     assert json.loads((tmp_path / "config.json").read_text())["id2label"] == {"0": "good", "1": "bad", "2": "fair"}
 
 
@@ -206,7 +224,8 @@ def test_texts_are_packed_into_full_blocks():
     tokenizer = AutoTokenizer.from_pretrained(embedded.minilm())
     the, cat, sat, end = tokenizer.convert_tokens_to_ids(["the", "cat", "sat", "[SEP]"])
     packed = causal_lm.packer(tokenizer, 3)({"text": ["the cat", "", "sat the cat", "sat"]})
-    assert packed["input_ids"] == packed["labels"] == [[the, cat, end], [sat, the, cat], [end, sat, end]]
+    assert packed["input_ids"] == [[the, cat, end], [sat, the, cat], [end, sat, end]]
+    assert packed["labels"] == [[-100, cat, end], [-100, the, cat], [-100, sat, end]]
     assert causal_lm.packer(tokenizer, 4)({"text": ["the cat", "sat the cat", "sat"]})["input_ids"] == [
         [the, cat, end, sat],
         [the, cat, end, sat],

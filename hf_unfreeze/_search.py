@@ -1,0 +1,175 @@
+"""Search over schedule, layer decay and learning rate: runs a script again and again, and keeps each trial."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._plateau import greater_is_better
+from .errors import UnfreezeError
+from .schedule import parse_schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+__all__ = ["SCHEDULES", "Search", "trials_figure", "trials_table"]
+
+SCHEDULES = ("head@0", "head@0, block[-2:]@0", "linear_probe(until=20%)", "gradual(every=10%)", "all_at_once")
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Search:
+    """Trials of one script; another search in the same folder goes on with them.
+
+    Args:
+        script: A script with the arguments of ``UnfreezeArguments`` and ``TrainingArguments``, which leaves
+            ``all_results.json`` in its ``--output_dir``, as the recipes do.
+        arguments: Arguments of the script that all trials share.
+        output: Folder of the trials and of ``study.db``.
+        metric: Key in ``all_results.json``; less is better for a loss, an error rate or a perplexity.
+        schedules: What is tried as ``--schedule``.
+        layer_decay: Lowest and highest.
+        learning_rate: Lowest and highest, drawn on a logarithmic scale.
+        seed: Of the draws.
+    """
+
+    script: Path
+    arguments: Sequence[str] = ()
+    output: Path = Path("runs/search")
+    metric: str = "eval_loss"
+    schedules: Sequence[str] = SCHEDULES
+    layer_decay: tuple[float, float] = (0.7, 1.0)
+    learning_rate: tuple[float, float] = (1e-5, 1e-3)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.script.is_file():
+            raise UnfreezeError(f"there is no script {self.script}. Name one, such as recipes/text_classification.py.")
+        self.schedules = [str(parse_schedule(schedule)) for schedule in self.schedules]
+        for name, highest in (("layer_decay", 1.0), ("learning_rate", float("inf"))):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= highest:
+                raise UnfreezeError(f"{name} from {low} to {high}: write the lower one first, both above 0.")
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Whether more of the metric is better."""
+        return greater_is_better(self.metric, "auto")
+
+    def run(self, trials: int) -> list[Row]:
+        """Run until there are so many finished trials, those of before included; return them, the best first.
+
+        Raises:
+            UnfreezeError: optuna is not installed, the folder holds another search, the script failed, or it did not
+                report the metric; finished trials are kept.
+        """
+        try:
+            import optuna
+        except ImportError:
+            raise UnfreezeError("a search needs optuna. Run: pip install 'hf-unfreeze[search]'.") from None
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # what fails is told once, below
+        self.output.mkdir(parents=True, exist_ok=True)
+        study = optuna.create_study(
+            storage=f"sqlite:///{self.output / 'study.db'}",
+            study_name="search",
+            load_if_exists=True,
+            direction="maximize" if self.greater_is_better else "minimize",
+        )
+        asked = {"script": str(self.script), "arguments": [*self.arguments], "metric": self.metric,
+                 "schedules": [*self.schedules]}  # fmt: skip
+        if study.user_attrs.get("asked", asked) != asked:
+            raise UnfreezeError(
+                f"{self.output} holds another search, {study.user_attrs['asked']}, and this is {asked}. "
+                "Name another --output."
+            )
+        study.set_user_attr("asked", asked)
+        # another seed than before: the draws of a search that goes on would be the same ones again
+        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
+        finished = [optuna.trial.TrialState.COMPLETE]
+        done = len(study.get_trials(states=finished))
+        if trials > done:
+            study.optimize(self._trial, n_trials=trials - done)
+        rows = [
+            {
+                "trial": t.number,
+                self.metric: t.value,
+                **t.params,
+                "seconds": t.duration.total_seconds() if t.duration else 0.0,
+            }
+            for t in study.get_trials(states=finished)
+        ]
+        if not rows:
+            raise UnfreezeError(
+                f"no trial ended with a number for {self.metric!r}. Write --trials 1 or more, and see {self.output}."
+            )
+        return sorted(rows, key=lambda row: row[self.metric], reverse=self.greater_is_better)
+
+    def _trial(self, trial: Any) -> float:
+        given = {
+            "schedule": trial.suggest_categorical("schedule", self.schedules),
+            "layer_decay": trial.suggest_float("layer_decay", *self.layer_decay),
+            "learning_rate": trial.suggest_float("learning_rate", *self.learning_rate, log=True),
+        }
+        folder = self.output / f"trial-{trial.number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        own = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        command = [sys.executable, str(self.script), *self.arguments, *own, "--output_dir", str(folder)]
+        with (folder / "log.txt").open("w") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        if code:
+            said = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise UnfreezeError(
+                f"{shlex.join(command)} ended with exit code {code}: {said[-1] if said else 'it said nothing'}. "
+                f"All it said is in {folder / 'log.txt'}."
+            )
+        return self._result(folder / "all_results.json")
+
+    def _result(self, path: Path) -> float:
+        results = json.loads(path.read_text()) if path.is_file() else {}
+        if not isinstance(results.get(self.metric), (int, float)):
+            raise UnfreezeError(
+                f"{self.metric!r} is not in {path}. It has {', '.join(results) or 'nothing, or is not there'}. "
+                "Name another --metric."
+            )
+        if math.isnan(results[self.metric]):
+            print(f"{path}: {self.metric} is nan, so this trial does not count.", file=sys.stderr)  # noqa: T201
+        return float(results[self.metric])
+
+
+def trials_table(rows: Sequence[Row], title: str) -> Table:
+    """Draw the trials as a rich table, the best first."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == "schedule" else "right")
+    for row in rows:
+        table.add_row(*(v.replace("[", r"\[") if isinstance(v, str) else f"{v:.4g}" for v in row.values()))
+    return table
+
+
+def trials_figure(rows: Sequence[Row], metric: str) -> Figure:
+    """Draw what each trial reached over its learning rate, one colour for a schedule, larger with more layer decay."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for schedule in sorted({row["schedule"] for row in rows}):
+        those = [row for row in rows if row["schedule"] == schedule]
+        rates, values = [row["learning_rate"] for row in those], [row[metric] for row in those]
+        axes.scatter(rates, values, [20 + 300 * (1 - row["layer_decay"]) for row in those], label=schedule, alpha=0.8)
+    axes.set(xscale="log", xlabel="learning rate", ylabel=metric)
+    axes.set_title("larger dot: lower blocks learn more slowly", loc="left", fontsize="medium")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

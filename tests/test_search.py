@@ -1,0 +1,95 @@
+"""``hf-unfreeze search`` on a script that answers at once: what is tried, kept, shown and refused."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from hf_unfreeze._search import trials_figure
+from hf_unfreeze.cli import main
+
+SCRIPT = """
+import json, pathlib, sys
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+rate, decay = float(given["--learning_rate"]), float(given["--layer_decay"])
+score = (given["--schedule"] == "all_at_once") + rate + float(given.get("--bonus", 0))
+print("hello from the script")
+if "--fail" in given: sys.exit("out of luck")
+folder = pathlib.Path(given["--output_dir"])
+(folder / "all_results.json").write_text(json.dumps({"eval_accuracy": score, "eval_loss": -score, "note": "x"}))
+"""
+
+
+@pytest.fixture
+def search(tmp_path, capsys):
+    """Search with a script of four lines; return the exit code, and the rows or the line of the error."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+
+    def call(*own, passed_on=(), metric="eval_accuracy"):
+        code = main(["search", str(script), "--output", str(tmp_path / "out"), "--metric", metric, "--json", *own,
+                     "--", *passed_on])  # fmt: skip
+        shown = capsys.readouterr()
+        return (0, json.loads(shown.out)) if code == 0 else (code, shown.err)
+
+    return call
+
+
+def test_trials_are_sorted_kept_and_gone_on_with(search, tmp_path):
+    own = ["--schedule", "head@0", "--schedule", "all_at_once", "--learning-rate", "1e-4", "1e-2"]
+    code, first = search(*own, "--trials", "3", passed_on=["--bonus", "5"])
+    assert code == 0 and len(first) == 3
+    scores = [row["eval_accuracy"] for row in first]
+    assert scores == sorted(scores, reverse=True) and min(scores) > 5  # the script got its own argument
+    assert {row["schedule"] for row in first} <= {"head@0", "all_at_once"}
+    assert all(1e-4 <= row["learning_rate"] <= 1e-2 and 0.7 <= row["layer_decay"] <= 1 for row in first)
+    assert (tmp_path / "out" / "trials.png").stat().st_size
+    assert "hello from the script" in (tmp_path / "out" / "trial-0" / "log.txt").read_text()
+    _, more = search(*own, "--trials", "5", passed_on=["--bonus", "5"])
+    assert len(more) == 5 and all(row in more for row in first)
+    assert len({row["learning_rate"] for row in more}) == 5  # no draw comes twice
+
+
+def test_another_search_in_the_same_folder_is_refused(search):
+    assert search("--trials", "1")[0] == 0
+    code, error = search("--trials", "2", "--schedule", "head@0")
+    assert code == 2 and "holds another search" in error
+
+
+def test_less_is_better_for_a_loss(search):
+    _, rows = search("--trials", "3", metric="eval_loss")
+    assert [row["eval_loss"] for row in rows] == sorted(row["eval_loss"] for row in rows)
+
+
+def test_the_figure_has_every_trial():
+    rows = [{"trial": i, "eval_f1": i / 4, "schedule": s, "layer_decay": 0.9, "learning_rate": 10.0**-i, "seconds": 1.0}
+            for i, s in enumerate(("head@0", "all_at_once", "head@0"))]  # fmt: skip
+    axes = trials_figure(rows, "eval_f1").axes[0]
+    points = {tuple(point) for dots in axes.collections for point in dots.get_offsets().tolist()}
+    assert points == {(1.0, 0.0), (0.1, 0.25), (0.01, 0.5)}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["all_at_once", "head@0"]
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "message"),
+    [
+        ((), {"metric": "eval_f1"}, "'eval_f1' is not in .* It has eval_accuracy, eval_loss, note"),
+        ((), {"passed_on": ["--bonus", "nan"]}, "no trial ended with a number for 'eval_accuracy'"),
+        ((), {"metric": "note"}, "'note' is not in"),
+        ((), {"passed_on": ["--fail", "1"]}, r"ended with exit code 1: out of luck\. .*trial-0/log.txt"),
+        (("--schedule", "gradul"), {}, "Did you mean 'gradual'"),
+        (("--layer-decay", "0.9", "1.1"), {}, "layer_decay from 0.9 to 1.1: write the lower one first"),
+        (("--learning-rate", "1e-3", "1e-4"), {}, "learning_rate from 0.001 to 0.0001"),
+    ],
+)
+def test_what_cannot_be_searched_is_one_line_and_exit_code_2(search, own, options, message):
+    code, error = search("--trials", "1", *own, **options)
+    assert code == 2
+    assert re.search(message, error.splitlines()[-1]) and "Traceback" not in error
+
+
+def test_a_script_that_is_not_there(capsys):
+    assert main(["search", "no/such.py"]) == 2
+    assert "there is no script no/such.py" in capsys.readouterr().err
