@@ -234,13 +234,15 @@ class UnfreezeCallback(TrainerCallback):
         if self.unfreezer is None:
             return
         transition = self.unfreezer.step(state.global_step, state.epoch)
+        when = {"epoch": state.epoch, "step": state.global_step}
+        state.log_history += [record | when for record in self.unfreezer.take_records()]
         if transition is None:
             return
         record = as_record(transition)
         past = past_transitions(state.log_history)
         if past and all(past[-1].get(key) == value for key, value in record.items()):
             return  # resumed inside a phase whose beginning is on record
-        state.log_history.append({**record, "epoch": state.epoch, "step": state.global_step})
+        state.log_history.append(record | when)
         restart_patience()
         if state.is_world_process_zero and not args.disable_tqdm:
             from tqdm.auto import tqdm
