@@ -167,10 +167,12 @@ class Converged:
         """Freeze what has converged, where a choice is due."""
         if len(self._blocks()) > 1:
             self.measure.begin(self._blocks())
-        while self._next() <= step:
-            if len(self._blocks()) > 1:
-                self._choose(self._next())
+        due = 0
+        while (following := self._next()) <= step:  # in a short run two of them may fall on one step
+            due = following
             self._choices += 1
+        if due and len(self._blocks()) > 1:
+            self._choose(due)
 
     def _next(self) -> int:
         return multiple(self._every, self._choices + 1, self._length)

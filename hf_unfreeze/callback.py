@@ -80,6 +80,9 @@ class UnfreezeArguments:
     drop_state: bool = field(
         default=False, metadata={"help": "Forget the optimizer's state of what is frozen again, to free its memory."}
     )
+    offload_state: bool = field(
+        default=False, metadata={"help": "Keep the optimizer's state of what is frozen in main memory."}
+    )
     reinitialize: str | None = field(
         default=None, metadata={"help": "Groups drawn anew before the first step: 'block[-2:]'."}
     )
@@ -105,6 +108,7 @@ class UnfreezeCallback(TrainerCallback):
         dropout: Least dropout probability of opened modules.
         group_weight_decay: Weight decay of some groups: ``"head=0.1, block[0:4]=0"``.
         drop_state: Whether the optimizer forgets its state of what is frozen again.
+        offload_state: Whether the optimizer's state of what is frozen lies in main memory.
         reinitialize: Groups whose weights are drawn anew before the first step: ``"block[-2:]"``.
         cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: an example goes through the
             frozen blocks once in the run and not once in an epoch.
@@ -129,6 +133,7 @@ class UnfreezeCallback(TrainerCallback):
         dropout: float = 0.0,
         group_weight_decay: str | None = None,
         drop_state: bool = False,
+        offload_state: bool = False,
         reinitialize: str | None = None,
         cache: str | FrozenPrefixCache | None = None,
     ) -> None:
@@ -140,6 +145,7 @@ class UnfreezeCallback(TrainerCallback):
         self.dropout = dropout
         self.group_weight_decay = group_weight_decay
         self.drop_state = drop_state
+        self.offload_state = offload_state
         self.reinitialize = reinitialize
         self._options()
         if reinitialize is not None:

@@ -25,7 +25,7 @@ from .distributed import of_rank_0, process_followers, refuse_wrappers, unwrap
 from .errors import UnfreezeError
 from .freezing import Follower, FrozenEval, apply_trainable
 from .groups import layer_groups
-from .optim import DropState, GroupRates, check_optimizer, decay_multipliers, raw_optimizer
+from .optim import DropState, GroupRates, OffloadState, check_optimizer, decay_multipliers, raw_optimizer
 from .optim import group_weight_decay as group_weight_decay_of
 from .regularization import Pull, RaisedDropout
 from .schedule import Phase, Schedule, parse_schedule, spec_of
@@ -74,6 +74,7 @@ class Unfreezer:
         group_weight_decay: Weight decay of some groups, ``"head=0.1, block[0:4]=0"``; parameters without weight decay
             stay without.
         drop_state: Whether the optimizer forgets its state of parameters that are frozen again.
+        offload_state: Whether the optimizer's state of frozen parameters lies in main memory.
         cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: what frozen blocks compute for
             an example is kept for the whole run.
         probe: Batches on which ``auto`` and ``freeze_converged`` measure.
@@ -99,10 +100,13 @@ class Unfreezer:
         dropout: float = 0.0,
         group_weight_decay: str | None = None,
         drop_state: bool = False,
+        offload_state: bool = False,
         cache: str | FrozenPrefixCache | None = None,
         probe: Probe | None = None,
     ) -> None:
-        options = Options(layer_decay, block_warmup, frozen_eval, pull, dropout, group_weight_decay, drop_state)
+        options = Options(
+            layer_decay, block_warmup, frozen_eval, pull, dropout, group_weight_decay, drop_state, offload_state
+        )
         refuse_wrappers(model)
         self.optimizer = raw_optimizer(optimizer)
         check_optimizer(self.optimizer)
@@ -160,6 +164,8 @@ class Unfreezer:
             self._followers.append(RaisedDropout(root, options.dropout))
         if options.drop_state:
             self._followers.append(DropState(self.optimizer, members.values()))
+        if options.offload_state:
+            self._followers.append(OffloadState(self.optimizer, members.values()))
         if self.decisions.keeps_best:
             self.best = BestWeights(members, root.named_buffers())
             self._followers.append(self.best)

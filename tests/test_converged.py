@@ -120,6 +120,14 @@ def test_the_prefix_grows_until_one_block_is_left():
     assert asked == [["0", "1", "2", "3"], ["2", "3"], ["2", "3"]], "and it is not measured any more"
 
 
+def test_choices_that_fall_on_one_step_are_one():
+    schedule, measure = parse_schedule("freeze_converged(every=10%)"), Told(*[[1, 1, 1, 1]] * 9)
+    decisions = Converged(schedule, GROUPS, schedule.phases(GROUPS), measure, (6, 6))
+    for step in range(6):
+        decisions.advance(step)
+    assert len(measure.asked) == 5, "nine tenths of six steps"
+
+
 def test_several_stacks_and_a_head_without_parameters():
     assert freezings(towers(2, 1)) == [
         {"embeddings", "encoder.block[0]"}, {"encoder.block[1]"}, {"decoder.block[0]"},
@@ -157,12 +165,11 @@ def test_records_are_json_and_hold_what_the_next_choice_needs(make_trainer):
         assert value == abs(before - now) / before
 
 
-@pytest.mark.parametrize("steps", [(3, 4), pytest.param(range(1, 10), marks=pytest.mark.slow)])
-@pytest.mark.parametrize("criterion", ["gradient_change", "height", "cka"])
-def test_resume_is_exact(make_trainer, tmp_path, criterion, steps):
+@pytest.mark.parametrize("criterion", ["gradient_change", "height"])
+def test_resume_is_exact_at_and_after_a_choice(make_trainer, tmp_path, criterion):
     spec = f"freeze_converged({criterion}, every=3step, batches=2, percentile=70)"
     whole = run(make_trainer, spec, save_strategy="steps", save_steps=1)
-    for step in steps:
+    for step in (3, 4):
         again = run(
             make_trainer, spec, str(tmp_path / "run" / f"checkpoint-{step}"), output_dir=str(tmp_path / "again")
         )
