@@ -13,7 +13,19 @@ if TYPE_CHECKING:
     from .freezing import set_trainable, trainable_summary
     from .groups import LayerGroup, layer_groups
     from .optim import param_groups_layer_decay
-    from .schedule import Phase, Schedule, all_at_once, gradual, linear_probe, parse_schedule, plateau, rotate, top
+    from .schedule import (
+        Phase,
+        Schedule,
+        all_at_once,
+        auto,
+        freeze_converged,
+        gradual,
+        linear_probe,
+        parse_schedule,
+        plateau,
+        rotate,
+        top,
+    )
     from .unfreezer import Unfreezer
 
 __version__ = "0.1.0"
@@ -29,6 +41,8 @@ __all__ = [
     "UnfreezeError",
     "Unfreezer",
     "all_at_once",
+    "auto",
+    "freeze_converged",
     "gradual",
     "layer_groups",
     "linear_probe",
@@ -55,6 +69,8 @@ _HOME = {
     "UnfreezeError": "errors",
     "Unfreezer": "unfreezer",
     "all_at_once": "schedule",
+    "auto": "schedule",
+    "freeze_converged": "schedule",
     "gradual": "schedule",
     "layer_groups": "groups",
     "linear_probe": "schedule",

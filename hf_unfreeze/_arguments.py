@@ -14,6 +14,7 @@ from .errors import ScheduleError, near_match
 __all__ = ["check_arguments", "read_arguments", "write_arguments"]
 
 Arguments = tuple[tuple[str, Value], ...]
+_EXAMPLES = {"criterion": "relative_gradient_norm"}  # of arguments that must be given
 _WORD = re.compile(r"[^\s,=()]+")
 
 
@@ -68,6 +69,8 @@ def check_arguments(name: str, given: dict[str, Any]) -> Arguments:
     arguments = {**row.arguments, **given}
     for key, value in arguments.items():
         default, choices = row.arguments[key], row.choices.get(key)
+        if not value and key in row.required:
+            raise ScheduleError(f"{name} needs a {key}, which has no default. Write {name}({_EXAMPLES[key]}).")
         if not (type(value) is row.kind(key) or value is default is None):
             raise ScheduleError(f"{name}: {key}={value!r} is of no use. Write for instance {key}={_text(default)}.")
         if choices and value not in choices:
@@ -78,12 +81,10 @@ def check_arguments(name: str, given: dict[str, Any]) -> Arguments:
             raise ScheduleError(f"{name}: {key}={value!r} is no word. Write it without spaces, commas and brackets.")
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise ScheduleError(f"{name}: {key}={value} is no number from 0 up. Write for instance {key}=0.01.")
-        if isinstance(value, float) and value > row.most.get(key, math.inf):
-            raise ScheduleError(
-                f"{name}: {key}={value} lies above {row.most[key]}. Write for instance {key}={default}."
-            )
         if value in (0, Time(Fraction(0))) and not isinstance(value, bool) and key not in row.zero:
             raise ScheduleError(f"{name}: {key} must be more than 0. Write for instance {key}={_text(default)}.")
+        if isinstance(value, (int, float)) and value > row.most.get(key, value):
+            raise ScheduleError(f"{name}: {key}={value} lies above {row.most[key]}. Write {key}={_text(default)}.")
     return tuple(arguments.items())
 
 

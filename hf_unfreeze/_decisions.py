@@ -1,19 +1,19 @@
-"""What decides on the phases of a run: the schedule beforehand, evaluations, or a criterion on the gradients."""
+"""What decides on the phases of a run: the schedule beforehand, evaluations, or a criterion on blocks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from ._named import freezings, multiple
 from ._phases import is_transition
 from ._plateau import Plateau
+from ._probe import Prober
 from ._spec import BLOCK, Group
 from .schedule import Phase, Schedule, parse_selectors
 
-__all__ = ["Auto", "Decisions", "Measure", "Timed", "decisions_of"]
-
-Measure = Callable[[Sequence[str]], dict[str, float]]  # names of closed blocks → what each is worth
+__all__ = ["Auto", "Converged", "Decisions", "Timed", "decisions_of"]
 
 
 class Decisions(Protocol):
@@ -22,6 +22,10 @@ class Decisions(Protocol):
     phases: tuple[Phase, ...]
     may_open: frozenset[str]
     keeps_best: bool
+
+    @property
+    def measure(self) -> Prober | None:
+        """What it measures blocks with, where it does."""
 
     def advance(self, step: int) -> None:
         """Decide all that is due up to a step."""
@@ -37,6 +41,7 @@ class Timed:
     """Phases that are all known beforehand."""
 
     keeps_best = False
+    measure: Prober | None = None
 
     def __init__(self, phases: tuple[Phase, ...]) -> None:
         self.phases = phases
@@ -66,12 +71,12 @@ class Auto:
     keeps_best = False
 
     def __init__(
-        self, schedule: Schedule, groups: Sequence[Group], planned: tuple[Phase, ...], measure: Measure
+        self, schedule: Schedule, groups: Sequence[Group], planned: tuple[Phase, ...], measure: Prober
     ) -> None:
         self._schedule = schedule
         self._groups = groups
         self._planned = planned
-        self._measure = measure
+        self.measure = measure
         self.phases = planned[:1]
         self.may_open = frozenset(name for phase in planned for name in phase.trainable)
 
@@ -81,27 +86,23 @@ class Auto:
 
     def replay(self, records: Iterable[Any], step: int) -> None:
         """Take the choices of a run from its ``log_history``, up to a step."""
-        for record in records:
-            if not is_transition(record) or not self.phases[-1].start < record["step"] < step:
-                continue
-            (phase,) = parse_selectors(record["unfreeze/trainable"]).phases(self._groups)
-            self.phases = (*self.phases, Phase(record["step"], phase.trainable, record.get("unfreeze/reason", "")))
+        self.phases += tuple(_replayed(records, step, self._groups, self.measure))
 
     def advance(self, step: int) -> None:
         """Choose what opens, where that is due."""
+        if len(self.phases) < len(self._planned):
+            self.measure.begin(self._closed())
         while len(self.phases) < len(self._planned) and self._planned[len(self.phases)].start <= step:
             self._choose(*self._planned[len(self.phases) - 1 : len(self.phases) + 1])
 
     def _choose(self, before: Phase, planned: Phase) -> None:
-        present = set(self.phases[-1].trainable)
-        names = [group.name for group in self._groups if group.parameter_names]
-        closed = [name for name in names if BLOCK.fullmatch(name) and name not in present]
+        present, closed = set(self.phases[-1].trainable), self._closed()
         opening = set(planned.trainable) - set(before.trainable)
         count = sum(bool(BLOCK.fullmatch(name)) for name in opening)
         reason = ""
         chosen = closed
         if count < len(closed):
-            worth = self._measure(closed)
+            worth = self.measure(closed)
             lost = {name: math.isnan(worth[name]) for name in closed}
             order = {n: (lost[n], 0.0 if lost[n] else -worth[n], -closed.index(n)) for n in closed}
             ranked = sorted(closed, key=order.__getitem__)
@@ -109,7 +110,119 @@ class Auto:
             told = ", ".join(f"{name} {worth[name]:.4g}" for name in chosen)
             reason = f"{self._schedule.arguments[0][1]}: {told}; next {rest[0]} {worth[rest[0]]:.4g}"
         opened = present | set(chosen) | {name for name in opening if not BLOCK.fullmatch(name)}
+        names = (group.name for group in self._groups if group.parameter_names)
         self.phases = (*self.phases, Phase(planned.start, tuple(n for n in names if n in opened), reason))
+
+    def _closed(self) -> list[str]:
+        present = set(self.phases[-1].trainable)
+        names = (group.name for group in self._groups if group.parameter_names)
+        return [name for name in names if BLOCK.fullmatch(name) and name not in present]
+
+
+class Converged:
+    """Freezes from the bottom, at known times, what a criterion finds lowest; what it found is on record.
+
+    AutoFreeze's rule (arXiv 2102.01386): of the blocks that train, the worth at a percentile is the threshold; from the
+    bottom up everything below it freezes, up to the first block that is not below.
+
+    Args:
+        schedule: A ``freeze_converged`` schedule.
+        groups: Layer groups, bottom → top.
+        phases: The first phase.
+        measure: Gives each block that trains its worth.
+        length: Optimizer updates of the whole run and of one epoch, where known.
+    """
+
+    keeps_best = False
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        groups: Sequence[Group],
+        phases: tuple[Phase, ...],
+        measure: Prober,
+        length: tuple[int | None, int | None],
+    ) -> None:
+        given: dict[str, Any] = dict(schedule.arguments)
+        self._criterion, self._percentile, self._every = given["criterion"], given["percentile"], given["every"]
+        self._groups = groups
+        self._length = length
+        self._units = freezings(groups)
+        self._choices = 0  # that are over
+        self.measure = measure
+        self.phases = phases
+        self.may_open = frozenset(phases[0].trainable)
+
+    def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
+        """Evaluations change nothing."""
+        return False
+
+    def replay(self, records: Iterable[Any], step: int) -> None:
+        """Take the choices of a run from its ``log_history``, up to a step."""
+        self.phases += tuple(_replayed(records, step, self._groups, self.measure))
+        while self._next() < step:
+            self._choices += 1
+
+    def advance(self, step: int) -> None:
+        """Freeze what has converged, where a choice is due."""
+        if len(self._blocks()) > 1:
+            self.measure.begin(self._blocks())
+        due = 0
+        while (following := self._next()) <= step:  # in a short run two of them may fall on one step
+            due = following
+            self._choices += 1
+        if due and len(self._blocks()) > 1:
+            self._choose(due)
+
+    def _next(self) -> int:
+        return multiple(self._every, self._choices + 1, self._length)
+
+    def _open(self) -> list[frozenset[str]]:
+        present = set(self.phases[-1].trainable)
+        return [unit for unit in self._units if unit & present]
+
+    def _blocks(self) -> list[str]:
+        voting = frozenset().union(*self._open())
+        return [group.name for group in self._groups if group.name in voting and BLOCK.fullmatch(group.name)]
+
+    def _choose(self, step: int) -> None:
+        worth = {name: value for name, value in self.measure(self._blocks()).items() if not math.isnan(value)}
+        if not worth:
+            return
+        threshold = _percentile(list(worth.values()), self._percentile)
+        frozen: list[str] = []
+        for unit in self._open():
+            if not all(worth.get(name, math.inf) < threshold for name in unit if BLOCK.fullmatch(name)):
+                break
+            frozen += sorted(unit)
+        if not frozen:
+            return
+        told = ", ".join(f"{name} {worth[name]:.4g}" for name in self._blocks() if name in frozen)
+        reason = f"{self._criterion}: {told} below {threshold:.4g}, percentile {self._percentile} of what trains"
+        left = tuple(name for name in self.phases[-1].trainable if name not in frozen)
+        self.phases = (*self.phases, Phase(step, left, reason))
+
+
+def _replayed(records: Iterable[Any], step: int, groups: Sequence[Group], measure: Prober) -> Iterator[Phase]:
+    """Yield the phases after the first that began before a step, and give the measure what it found."""
+    last = 0
+    for record in records:
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record["step"] >= step:
+            continue
+        measure.replay(record)
+        if is_transition(record) and record["step"] > last:
+            last = record["step"]
+            (phase,) = parse_selectors(record["unfreeze/trainable"]).phases(groups)
+            yield Phase(last, phase.trainable, record.get("unfreeze/reason", ""))
+
+
+def _percentile(values: Sequence[float], percentile: int) -> float:
+    """Return what so many percent lie below, between two values in proportion."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percentile / 100
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
 
 def decisions_of(
@@ -117,13 +230,16 @@ def decisions_of(
     groups: Sequence[Group],
     total_steps: int | None,
     steps_per_epoch: int | None,
-    prober: Callable[[int], Measure],
+    prober: Callable[[int], Prober],
 ) -> Decisions:
-    """Return what decides on the phases of a schedule; ``prober`` makes a measure from the steps between openings."""
+    """Return what decides on the phases of a schedule; ``prober`` makes a measure from the steps between choices."""
     if schedule.name == "plateau":
         return Plateau(schedule, groups, total_steps, steps_per_epoch)
     phases = schedule.phases(groups, total_steps, steps_per_epoch)
-    if schedule.name != "auto":
+    if schedule.name not in ("auto", "freeze_converged"):
         return Timed(phases)
     every: Any = dict(schedule.arguments)["every"]
-    return Auto(schedule, groups, phases, prober(every.to_step(total_steps, steps_per_epoch)))
+    measure = prober(every.to_step(total_steps, steps_per_epoch))
+    if schedule.name == "auto":
+        return Auto(schedule, groups, phases, measure)
+    return Converged(schedule, groups, phases, measure, (total_steps, steps_per_epoch))

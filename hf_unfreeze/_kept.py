@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from .errors import EnvironmentRefused, UnfreezeError
 
-__all__ = ["BestWeights", "Kept"]
+__all__ = ["BestWeights", "Kept", "Pretrained"]
 
 
 class Kept:
@@ -80,6 +81,41 @@ class BestWeights(Kept):
         """Go back to the weights kept."""
         for name, weight in self.weights.items():
             self._tensors[name].copy_(weight)
+
+    def close(self) -> None:
+        """Nothing is left behind."""
+
+
+class Pretrained(Kept):
+    """The weights with which the run began: copies of what has opened since, and of buffers such as BatchNorm's.
+
+    Args:
+        parameters: Name → parameter, of everything that may open.
+        buffers: Name → buffer.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], buffers: Iterable[tuple[str, torch.Tensor]]) -> None:
+        super().__init__(parameters, "a criterion that asks for no outputs", "unfreeze_pretrained.safetensors")
+        self._buffers = {name: buffer for name, buffer in buffers if buffer.is_floating_point()}
+        self._tensors |= self._buffers
+
+    def update(self) -> None:
+        """Keep what is about to change for the first time."""
+        super().update()
+        for name in self._buffers.keys() - self.weights.keys():
+            self.weights[name] = self._buffers[name].detach().clone()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Give the model the weights with which the run began, for a while."""
+        now = {name: self._tensors[name].data for name in self.weights}
+        try:
+            for name, weight in self.weights.items():
+                self._tensors[name].data = weight
+            yield
+        finally:
+            for name, weight in now.items():
+                self._tensors[name].data = weight
 
     def close(self) -> None:
         """Nothing is left behind."""

@@ -12,7 +12,7 @@ from typing import Any
 from ._spec import BLOCK, Group, Selector, Time
 from .errors import ScheduleError
 
-__all__ = ["NAMED", "Change", "Length", "NamedSchedule", "Value", "openings"]
+__all__ = ["NAMED", "Change", "Length", "NamedSchedule", "Value", "freezings", "multiple", "openings"]
 
 Value = Time | int | float | bool | str | None
 Change = tuple[Time, frozenset[str], bool]  # when, which groups, and True where they are frozen again
@@ -46,6 +46,26 @@ def openings(groups: Sequence[Group], arguments: dict[str, Any]) -> list[frozens
             opened[-1] |= names
             in_opening += 1
     return [frozenset(names) for names in opened]
+
+
+def freezings(groups: Sequence[Group]) -> list[frozenset[str]]:
+    """List what freezes together, from the bottom: one level of blocks at a time, the embeddings with the lowest."""
+    *units, lowest = [set(names) for names in openings(groups, {"blocks": 1, "embeddings": True})[1:]] or [set()]
+    if units and not any(BLOCK.fullmatch(name) for name in lowest):
+        units[-1] |= lowest
+    elif lowest:
+        units.append(lowest)
+    return [frozenset(unit) for unit in reversed(units)]
+
+
+def _sets_opening(groups: Sequence[Group], arguments: dict[str, Any]) -> list[frozenset[str]]:
+    opened = openings(groups, arguments)
+    return [frozenset().union(*opened[: number + 1]) for number in range(1, len(opened))]
+
+
+def _sets_freezing(groups: Sequence[Group], arguments: dict[str, Any]) -> list[frozenset[str]]:
+    everything, units = frozenset(group.name for group in groups), freezings(groups)
+    return [everything.difference(*units[: number + 1]) for number in range(len(units) - 1)]  # one always trains
 
 
 def _gradual_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
@@ -94,7 +114,7 @@ def _rotate_changes(groups: Sequence[Group], arguments: dict[str, Any], length: 
         start, turn = Time(Fraction(step)), next(turns)
         changes += [(start, before - turn, True), (start, turn, False)]
         before, number = turn, number + 1
-        step = _multiple(arguments["every"], number, length)
+        step = multiple(arguments["every"], number, length)
     return changes
 
 
@@ -108,7 +128,7 @@ def _turns(blocks: Sequence[str], count: int, order: str, draw: random.Random) -
             yield frozenset(rest[first : first + count])
 
 
-def _multiple(every: Time, number: int, length: Length) -> int:
+def multiple(every: Time, number: int, length: Length) -> int:
     """Return the step at ``number`` times a distance; one of 30 % may lie beyond the run four times over."""
     total = length[0] or 0
     if every.unit == "%":
@@ -124,21 +144,23 @@ class NamedSchedule:
         arguments: Their defaults, which say of what type each is; None is that of a time which may be left out.
         changes: What it does to the groups of a model in a run of some length.
         choices: The words allowed, where an argument is one.
-        most: The largest number allowed, where there is one.
         zero: Arguments that may be 0.
         positional: The argument that may stand first without its name.
         terse: Arguments that are written only where they are not as by default.
-        decided: Whether the data decides when its later phases begin.
+        decided: Lists the trainable sets that follow the first, where the data decides when.
+        required: Arguments that have no default.
+        most: Upper limit of an argument.
     """
 
     arguments: dict[str, Any]
     changes: Callable[[Sequence[Group], dict[str, Any], Length], list[Change]]
     choices: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    most: dict[str, float] = field(default_factory=dict)
     zero: tuple[str, ...] = ()
     positional: str = ""
     terse: tuple[str, ...] = ()
-    decided: bool = False
+    decided: Callable[[Sequence[Group], dict[str, Any]], list[frozenset[str]]] | None = None
+    required: tuple[str, ...] = ()
+    most: dict[str, float] = field(default_factory=dict)
 
     def kind(self, key: str) -> type:
         """Return the type of an argument."""
@@ -150,13 +172,13 @@ _PLATEAU = {
     "metric": "", "patience": 2, "min_delta": 0.0, "mode": "auto", "at_least": Time(Fraction(0)), "at_most": None,
     "stop": "none", "back": True, "restore_best": False, "blocks": 1, "embeddings": True,
 }  # fmt: skip
-_EVERY_20 = Time(Fraction(20))
+_EPOCH, _EVERY_20 = Time(Fraction(1), "ep"), Time(Fraction(20))
 _ORDERS = ("random", "ascending", "descending")
 
 NAMED = {
     "top": NamedSchedule({"share": 0.5}, _top_changes, most={"share": 1.0}, positional="share"),
-    "gradual": NamedSchedule({"every": Time(Fraction(1), "ep"), "blocks": 1, "embeddings": True}, _gradual_changes),
-    "linear_probe": NamedSchedule({"until": Time(Fraction(1), "ep")}, _linear_probe_changes),
+    "gradual": NamedSchedule({"every": _EPOCH, "blocks": 1, "embeddings": True}, _gradual_changes),
+    "linear_probe": NamedSchedule({"until": _EPOCH}, _linear_probe_changes),
     "all_at_once": NamedSchedule({}, _all_at_once_changes),
     "rotate": NamedSchedule(
         {"blocks": 2, "every": _EVERY_20, "seed": 0, "order": "random", "embeddings": True, "head": True},
@@ -171,11 +193,21 @@ NAMED = {
         zero=("min_delta", "at_least"),
         positional="metric",
         terse=tuple(key for key in _PLATEAU if key != "patience"),
-        decided=True,
+        decided=_sets_opening,
     ),
     "auto": NamedSchedule(
-        {"criterion": "", "blocks": 1, "every": Time(Fraction(1), "ep"), "batches": 8, "embeddings": True},
+        {"criterion": "", "blocks": 1, "every": _EPOCH, "batches": 8, "embeddings": True, "per": "block"},
         _gradual_changes,
+        {"per": ("block", "parameter")},
         positional="criterion",
+        terse=("per",),
+        required=("criterion",),
+    ),
+    "freeze_converged": NamedSchedule(
+        {"criterion": "gradient_change", "percentile": 50, "every": Time(Fraction(10), "%"), "batches": 8},
+        _all_at_once_changes,
+        positional="criterion",
+        decided=_sets_freezing,
+        most={"percentile": 100},
     ),
 }

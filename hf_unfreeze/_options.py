@@ -22,6 +22,7 @@ class Options:
     dropout: float = 0.0
     group_weight_decay: str | None = None
     drop_state: bool = False
+    offload_state: bool = False
 
     def __post_init__(self) -> None:
         decay_multipliers((), self.layer_decay)
@@ -29,9 +30,11 @@ class Options:
         _check_number("pull", self.pull, float("inf"))
         _check_number("dropout", self.dropout, 1.0)
         group_weight_decay(self.group_weight_decay, ())
-        for name in ("frozen_eval", "drop_state"):
+        for name in ("frozen_eval", "drop_state", "offload_state"):
             if not isinstance(getattr(self, name), bool):
                 raise UnfreezeError(f"{name}={getattr(self, name)!r} is neither True nor False. Write one of them.")
+        if self.drop_state and self.offload_state:
+            raise UnfreezeError("drop_state and offload_state exclude each other. Choose one.")
 
 
 def parse_warmup(block_warmup: str | None) -> Time | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._arguments import write_arguments
-from ._named import NAMED, Change, Value, openings
+from ._named import NAMED, Change, Value
 from ._spec import Entry, Group
 from .errors import ScheduleError
 
@@ -121,14 +121,11 @@ class Schedule:
 
     def decided(self, groups: Sequence[Group]) -> tuple[tuple[str, ...], ...]:
         """List the trainable sets, in order, whose time the data will decide; none of a timed schedule."""
-        if not (self.name and NAMED[self.name].decided):
-            return ()
-        opened: set[str] = set()
-        sets = []
-        for names in openings(groups, dict(self.arguments)):
-            opened |= names
-            sets.append(tuple(group.name for group in groups if group.name in opened and group.parameter_names))
-        return tuple(sets[1:])
+        sets = NAMED[self.name].decided if self.name else None
+        return tuple(
+            tuple(group.name for group in groups if group.name in opened and group.parameter_names)
+            for opened in (sets(groups, dict(self.arguments)) if sets else ())
+        )
 
     def _changes(self, groups: Sequence[Group]) -> list[Change]:
         changes: list[Change] = []

@@ -19,6 +19,11 @@ __all__ = ["PlanRow", "model_card_section", "plan_rows", "plan_table", "state_co
 
 # Copies of a parameter that an optimizer keeps as state. Adafactor keeps one row and one column instead: nearly none.
 _STATE_COPIES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "RMSprop": 1, "Adagrad": 1, "Lion": 1, "Adafactor": 0}
+_CAPTIONS = {
+    "plateau": "data: the evaluations decide when",
+    "auto": "as if from the top: a criterion decides which blocks",
+    "freeze_converged": "data: a criterion decides when, and may pass phases over",
+}
 _SHOWN = 50  # phases in a table for people: a schedule that rotates has thousands
 
 
@@ -101,10 +106,8 @@ def plan_table(rows: Sequence[PlanRow], title: str) -> Table:
         )
     if len(rows) > _SHOWN:
         table.caption = _more(rows)
-    elif title.startswith("auto("):
-        table.caption = "as if from the top: the gradients decide which blocks"
-    elif any(row.start_step is None for row in rows):
-        table.caption = "data: the evaluations decide when"
+    else:
+        table.caption = _CAPTIONS.get(title.partition("(")[0])
     return table
 
 

@@ -30,6 +30,8 @@ class Plateau:
         steps_per_epoch: Optimizer updates in one epoch.
     """
 
+    measure: None = None  # it goes by evaluations alone
+
     def __init__(
         self, schedule: Schedule, groups: Sequence[Group], total_steps: int | None, steps_per_epoch: int | None
     ) -> None:

@@ -1,8 +1,10 @@
-"""Measures the gradients of closed blocks on a few batches, and leaves no trace of it in the run."""
+"""Measures gradients and outputs of blocks on a few batches, and leaves no trace of it in the run."""
 
 from __future__ import annotations
 
 import contextlib
+import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ._kept import Pretrained
+from ._outputs import group_modules, outputs_of
 from ._shadow import random_state, set_random_state
 from .criteria import Evidence, find_criterion
 from .errors import EnvironmentRefused, ScheduleError
@@ -19,34 +23,38 @@ from .schedule import Schedule
 
 __all__ = ["Probe", "Prober"]
 
+SHARE = 0.05  # of the batches that are trained on between two choices: what a choice may cost
+_LEAST = 2  # batches: one alone has no variance
 _ADAPTIVE = ("adam", "lion", "adafactor", "rmsprop", "adagrad", "lamb")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Where the batches come from that ``auto`` measures on.
+    """Where the batches come from that ``auto`` and ``freeze_converged`` measure on.
 
     Args:
         loss: Loss of a model on a batch.
         train: Returns so many training batches, always the same ones; on several ranks each its share.
         validation: The same of validation data, or None where there is none.
+        per_step: Batches that one optimizer update trains on.
     """
 
     loss: Callable[[nn.Module, Any], torch.Tensor]
     train: Callable[[int], Iterable[Any]]
     validation: Callable[[int], Iterable[Any]] | None = None
+    per_step: int = 1
 
 
 class Prober:
-    """Scores closed blocks by the criterion of an ``auto`` schedule, alike on every rank.
+    """Scores blocks by the criterion of a schedule, alike on every rank; what it needs again later goes on record.
 
     Args:
         model: The model without wrappers.
-        members: Parameters of each group.
+        members: Parameters of each group, by their names.
         optimizer: The raw torch optimizer; its kind tells the step it would take.
-        schedule: The ``auto`` schedule.
+        schedule: The ``auto`` or ``freeze_converged`` schedule.
         probe: Where the batches come from.
-        interval: Optimizer updates between two openings.
+        interval: Optimizer updates between two choices.
 
     Raises:
         ScheduleError: An unknown criterion, no probe, or no validation data where the criterion asks for them.
@@ -56,43 +64,93 @@ class Prober:
     def __init__(
         self,
         model: nn.Module,
-        members: Mapping[str, Sequence[nn.Parameter]],
+        members: Mapping[str, Mapping[str, nn.Parameter]],
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         probe: Probe | None,
         interval: int,
     ) -> None:
         given: dict[str, Any] = dict(schedule.arguments)
-        self._criterion = find_criterion(given["criterion"])
+        self.name: str = given["criterion"]
+        self.criterion = find_criterion(self.name)
         if probe is None:
             raise ScheduleError(f"{schedule} needs batches to measure on. Train with a data set that has a length.")
-        if self._criterion.validation and probe.validation is None:
+        if self.criterion.validation and probe.validation is None:
             raise ScheduleError(f"{schedule} needs validation data. Pass eval_dataset to the Trainer.")
-        for parameter in (p for parameters in members.values() for p in parameters):
+        for parameter in (p for parameters in members.values() for p in parameters.values()):
             if hasattr(parameter, "device_mesh") or not parameter.is_floating_point():
-                raise EnvironmentRefused("auto cannot measure sharded (FSDP2) or quantised weights. Write gradual.")
+                raise EnvironmentRefused(
+                    f"{schedule.name} cannot measure sharded (FSDP2) or quantised weights. Write gradual."
+                )
         self._model, self._members, self._probe = model, members, probe
         self._adaptive = any(word in type(optimizer).__name__.lower() for word in _ADAPTIVE)
-        self.batches = min(given["batches"], max(2, interval // 20))  # an opening costs at most 5 % of the steps to it
+        self._by_size = given.get("per") == "parameter"
+        passes = 1 + self.criterion.validation
+        trained = interval * probe.per_step
+        self.batches = min(given["batches"], max(_LEAST, int(SHARE * trained / passes)))
+        self.cost = self.batches * passes / max(trained, 1)
+        self.norms: dict[str, float] = {}  # of the gradient of each group, when it was measured last
+        self.records: list[dict[str, Any]] = []  # for the log
+        self.pretrained: Pretrained | None = None
+        if self.criterion.outputs:
+            everything = {name: p for parameters in members.values() for name, p in parameters.items()}
+            self.pretrained = Pretrained(everything, model.named_buffers())
+        if self.cost > SHARE:
+            warnings.warn(
+                f"{schedule} measures on {self.batches * passes} batches at each choice and trains on {trained} until "
+                f"the next: it costs {self.cost:.0%}, more than {SHARE:.0%}. Write a longer every.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def begin(self, names: Sequence[str]) -> None:
+        """Measure the norms that the first choice is compared with, where the criterion asks for them."""
+        if names and self.criterion.before and not self.norms:
+            self(names)
+
+    def replay(self, record: Mapping[str, Any]) -> None:
+        """Take from a record of the log what the next choice is compared with."""
+        self.norms = dict(record.get("unfreeze/gradient_norms") or self.norms)
 
     def __call__(self, names: Sequence[str]) -> dict[str, float]:
         """Return what each of the named groups is worth."""
-        tensors = [p for name in names for p in self._members[name]]
+        tensors = [p for name in names for p in self._members[name].values()]
+        device = tensors[0].device
         with _untouched(self._model), flags_lent(tensors):
             gradients, squares = self._measure(self._probe.train, tensors)
-            validation = self._measure(self._probe.validation, tensors)[0] if self._criterion.validation else []
-            worth, first = [], 0
+            validation = self._measure(self._probe.validation, tensors)[0] if self.criterion.validation else []
+            now, then = self._outputs(names)
+            parts, first = [], 0
             for name in names:
-                mine = slice(first, first := first + len(self._members[name]))
+                parts.append(slice(first, first := first + len(self._members[name])))
+            norms = _mean_over_ranks([sum(float(g.abs().sum()) for g in gradients[part]) for part in parts], device)
+            worth = []
+            for name, mine, norm in zip(names, parts, norms, strict=True):
+                weights, mean = [weight.detach() for weight in tensors[mine]], gradients[mine]
+                steps = [g / (g.abs() + 1e-8) for g in mean] if self._adaptive else mean
+                evidence = Evidence(
+                    name, weights, mean, squares[mine], steps, validation[mine], self.batches,
+                    norm, self.norms.get(name, math.nan), now.get(name), then.get(name),
+                )  # fmt: skip
                 with torch.no_grad():
-                    worth.append(self._worth(name, tensors[mine], gradients[mine], squares[mine], validation[mine]))
-        return dict(zip(names, _mean_over_ranks(worth, tensors[0].device), strict=True))
+                    value = float(self.criterion.function(evidence))
+                worth.append(value / sum(weight.numel() for weight in weights) if self._by_size else value)
+        agreed = dict(zip(names, _mean_over_ranks(worth, device), strict=True))
+        self.norms = dict(zip(names, norms, strict=True))
+        known = {name: value for name, value in agreed.items() if math.isfinite(value)}  # JSON has no NaN
+        record = {"unfreeze/criterion": self.name, "unfreeze/worth": known, "unfreeze/batches": self.batches}
+        self.records.append(record | ({"unfreeze/gradient_norms": self.norms} if self.criterion.before else {}))
+        return agreed
 
-    def _worth(self, name: str, weights: Any, gradients: Any, squares: Any, validation: Any) -> float:
-        steps = [g / (g.abs() + 1e-8) for g in gradients] if self._adaptive else gradients
-        detached = [weight.detach() for weight in weights]
-        evidence = Evidence(name, detached, gradients, squares, steps, validation, self.batches)
-        return float(self._criterion.function(evidence))
+    def _outputs(self, names: Sequence[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Return what each group returns for one batch, now and in the model with which the run began."""
+        if self.pretrained is None:
+            return {}, {}
+        modules = group_modules(self._model, {name: list(self._members[name]) for name in names})
+        (batch,) = self._probe.train(1)
+        now = outputs_of(modules, lambda: self._probe.loss(self._model, batch))
+        with self.pretrained.lent():
+            return now, outputs_of(modules, lambda: self._probe.loss(self._model, batch))
 
     def _measure(self, batches: Any, tensors: Sequence[nn.Parameter]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Return the mean over batches of the gradient and of its square."""
@@ -107,7 +165,7 @@ class Prober:
                     mean += gradient
                     square += gradient.square()
         if not count:
-            raise ScheduleError("auto found no batch to measure on: the data set has fewer examples than ranks.")
+            raise ScheduleError("found no batch to measure on: the data set has fewer examples than ranks.")
         return [mean / count for mean in means], [square / count for square in squares]
 
 

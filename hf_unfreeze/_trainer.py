@@ -66,11 +66,12 @@ def probe_of(trainer: Trainer | None) -> Probe | None:
         return iter([collate([data[i] for i in drawn[n : n + size]]) for n in range(0, len(drawn), size)])
 
     held_out = trainer.eval_dataset
-    held_out = next(iter(held_out.values())) if isinstance(held_out, dict) else held_out
+    held_out = next(iter(held_out.values()), None) if isinstance(held_out, dict) else held_out
     if not hasattr(trainer.train_dataset, "__len__"):
         return None
     validation = functools.partial(batches, held_out) if hasattr(held_out, "__len__") else None
-    return Probe(loss, functools.partial(batches, trainer.train_dataset), validation)
+    per_step = trainer.args.gradient_accumulation_steps
+    return Probe(loss, functools.partial(batches, trainer.train_dataset), validation, per_step)
 
 
 def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

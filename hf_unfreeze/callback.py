@@ -82,6 +82,9 @@ class UnfreezeArguments:
     drop_state: bool = field(
         default=False, metadata={"help": "Forget the optimizer's state of what is frozen again, to free its memory."}
     )
+    offload_state: bool = field(
+        default=False, metadata={"help": "Keep the optimizer's state of what is frozen in main memory."}
+    )
     reinitialize: str | None = field(
         default=None, metadata={"help": "Groups drawn anew before the first step: 'block[-2:]'."}
     )
@@ -107,6 +110,7 @@ class UnfreezeCallback(TrainerCallback):
         dropout: Least dropout probability of opened modules.
         group_weight_decay: Weight decay of some groups: ``"head=0.1, block[0:4]=0"``.
         drop_state: Whether the optimizer forgets its state of what is frozen again.
+        offload_state: Whether the optimizer's state of what is frozen lies in main memory.
         reinitialize: Groups whose weights are drawn anew before the first step: ``"block[-2:]"``.
         cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: an example goes through the
             frozen blocks once in the run and not once in an epoch.
@@ -131,6 +135,7 @@ class UnfreezeCallback(TrainerCallback):
         dropout: float = 0.0,
         group_weight_decay: str | None = None,
         drop_state: bool = False,
+        offload_state: bool = False,
         reinitialize: str | None = None,
         cache: str | FrozenPrefixCache | None = None,
     ) -> None:
@@ -142,6 +147,7 @@ class UnfreezeCallback(TrainerCallback):
         self.dropout = dropout
         self.group_weight_decay = group_weight_decay
         self.drop_state = drop_state
+        self.offload_state = offload_state
         self.reinitialize = reinitialize
         self._options()
         if reinitialize is not None:
@@ -241,13 +247,15 @@ class UnfreezeCallback(TrainerCallback):
         if self.unfreezer is None:
             return
         transition = self.unfreezer.step(state.global_step, state.epoch)
+        when = {"epoch": state.epoch, "step": state.global_step}
+        state.log_history += [record | when for record in self.unfreezer.take_records()]
         if transition is None:
             return
         record = as_record(transition)
         past = past_transitions(state.log_history)
         if past and all(past[-1].get(key) == value for key, value in record.items()):
             return  # resumed inside a phase whose beginning is on record
-        state.log_history.append({**record, "epoch": state.epoch, "step": state.global_step})
+        state.log_history.append(record | when)
         restart_patience()
         if state.is_world_process_zero and not args.disable_tqdm:
             from tqdm.auto import tqdm

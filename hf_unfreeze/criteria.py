@@ -1,4 +1,4 @@
-"""What the gradients say a closed block is worth: one function per criterion, more is better; its source beside it.
+"""What training a block is worth: one function per criterion, more is better; its source beside it.
 
 A criterion is a function of the ``Evidence`` on one block. Write one of your own and name it::
 
@@ -21,7 +21,7 @@ __all__ = ["Criterion", "Evidence", "find_criterion", "register_criterion"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured of one closed block, tensor by tensor in the same order; in evaluation mode, without dropout.
+    """What was measured of one block, tensor by tensor in the same order; in evaluation mode, without dropout.
 
     Args:
         name: Name of the block.
@@ -31,6 +31,11 @@ class Evidence:
         steps: Direction of the first step that the optimizer would take, without its learning rate.
         validation: Mean gradient over validation batches; empty for criteria that ask for none.
         batches: Number of training batches.
+        norm: Sum of the absolute mean gradient, over all weights; the mean over ranks.
+        norm_before: The same when it was measured before; NaN for criteria that do not ask for it.
+        output: What the block returns for one training batch, a row for each position of each example; None for
+            criteria that do not ask for it.
+        pretrained: The same of the model with which the run began.
     """
 
     name: str
@@ -40,14 +45,20 @@ class Evidence:
     steps: Sequence[torch.Tensor]
     validation: Sequence[torch.Tensor]
     batches: int
+    norm: float = math.nan
+    norm_before: float = math.nan
+    output: torch.Tensor | None = None
+    pretrained: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """A function of the evidence, and whether it asks for validation gradients."""
+    """A function of the evidence, and what it asks for besides the gradients of training batches."""
 
     function: Callable[[Evidence], float]
     validation: bool = False
+    before: bool = False
+    outputs: bool = False
 
 
 def relative_gradient_norm(evidence: Evidence) -> float:
@@ -62,8 +73,8 @@ def gradient_snr(evidence: Evidence) -> float:
 
 
 def fisher(evidence: Evidence) -> float:
-    """Mean of the squared gradients, the diagonal of the empirical Fisher information: arXiv 2301.05487."""
-    return _sum(evidence.squares) / sum(square.numel() for square in evidence.squares)
+    """Trace of the empirical Fisher information: the squared gradients, summed over the weights: arXiv 2301.05487."""
+    return _sum(evidence.squares)
 
 
 def spectrum_snr(evidence: Evidence) -> float:
@@ -80,16 +91,42 @@ def validation_gradient(evidence: Evidence) -> float:
     return _sum(v * step for v, step in zip(evidence.validation, evidence.steps, strict=True))
 
 
+def gradient_change(evidence: Evidence) -> float:
+    """Change of the gradient's norm since the measurement before, relative to that: AutoFreeze, arXiv 2102.01386."""
+    if not evidence.norm_before > 0:
+        return math.nan
+    return abs(evidence.norm_before - evidence.norm) / evidence.norm_before
+
+
+def cka(evidence: Evidence) -> float:
+    """1 - linear CKA of the output with that of the pretrained model, how far it has moved: arXiv 1905.00414."""
+    if evidence.output is None or evidence.pretrained is None:
+        return math.nan
+    if torch.equal(evidence.output, evidence.pretrained):
+        return 0.0
+    now, then = (rows.double() - rows.double().mean(0) for rows in (evidence.output, evidence.pretrained))
+    norms = float(torch.linalg.matrix_norm(now.T @ now) * torch.linalg.matrix_norm(then.T @ then))
+    return 1 - float((then.T @ now).square().sum()) / norms if norms else math.nan
+
+
 _CRITERIA = {
     "relative_gradient_norm": Criterion(relative_gradient_norm),
     "gradient_snr": Criterion(gradient_snr),
     "fisher": Criterion(fisher),
     "spectrum_snr": Criterion(spectrum_snr),
     "validation_gradient": Criterion(validation_gradient, validation=True),
+    "gradient_change": Criterion(gradient_change, before=True),
+    "cka": Criterion(cka, outputs=True),
 }
 
 
-def register_criterion(name: str, function: Callable[[Evidence], float], validation: bool = False) -> None:
+def register_criterion(
+    name: str,
+    function: Callable[[Evidence], float],
+    validation: bool = False,
+    before: bool = False,
+    outputs: bool = False,
+) -> None:
     """Give a criterion of your own a name, for ``auto(name)``.
 
     Example:
@@ -99,15 +136,17 @@ def register_criterion(name: str, function: Callable[[Evidence], float], validat
         name: As in a schedule, a word without spaces and commas; one that exists is replaced.
         function: Of the evidence on one block; more is better.
         validation: Whether it asks for validation gradients.
+        before: Whether it asks for the norm of the gradient at the measurement before; the first is at step 0.
+        outputs: Whether it asks for the block's output, now and in the model with which the run began.
     """
-    _CRITERIA[name] = Criterion(function, validation)
+    _CRITERIA[name] = Criterion(function, validation, before, outputs)
 
 
 def find_criterion(name: str) -> Criterion:
     """Return a criterion by its name; raise ScheduleError with those there are."""
     if name not in _CRITERIA:
         raise ScheduleError(
-            f"auto: {name!r} is no criterion. There are {', '.join(_CRITERIA)}.{near_match(name, _CRITERIA)} "
+            f"{name!r} is no criterion. There are {', '.join(_CRITERIA)}.{near_match(name, _CRITERIA)} "
             "Give one of your own a name with hf_unfreeze.criteria.register_criterion."
         )
     return _CRITERIA[name]

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import OptimizerError, UnfreezeError
+from .errors import EnvironmentRefused, OptimizerError, UnfreezeError
 from .groups import LayerGroup, layer_groups
 from .schedule import Selector
 
 __all__ = [
     "DropState",
     "GroupRates",
+    "OffloadState",
     "check_optimizer",
     "decay_multipliers",
     "group_weight_decay",
@@ -185,6 +186,38 @@ class DropState:
 
     def close(self) -> None:
         """Nothing to restore: what was dropped belonged to frozen weights."""
+
+
+class OffloadState:
+    """Keeps the optimizer's state of frozen parameters in main memory; it is back on its device before they train."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+        self._optimizer = optimizer
+        self._parameters = list(parameters)
+        if any(hasattr(parameter, "device_mesh") for parameter in self._parameters):
+            raise EnvironmentRefused(
+                "offload_state is not available for sharded parameters (FSDP2). Write offload_state=False."
+            )
+        self._devices: dict[tuple[nn.Parameter, str], torch.device] = {}  # of what is away
+
+    def update(self) -> None:
+        """Move what is frozen now to main memory, and what has opened back."""
+        for parameter in self._parameters:
+            for name, value in self._optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                if parameter.requires_grad:
+                    device = self._devices.pop((parameter, name), value.device)
+                    self._optimizer.state[parameter][name] = value.to(device)
+                elif value.device.type != "cpu":
+                    self._devices[parameter, name] = value.device
+                    self._optimizer.state[parameter][name] = value.cpu()
+
+    def close(self) -> None:
+        """Bring everything back."""
+        for (parameter, name), device in self._devices.items():
+            self._optimizer.state[parameter][name] = self._optimizer.state[parameter][name].to(device)
+        self._devices.clear()
 
 
 def group_weight_decay(spec: str | None, groups: Sequence[LayerGroup]) -> dict[str, float]:

@@ -33,6 +33,7 @@ __all__ = [
     "Time",
     "all_at_once",
     "auto",
+    "freeze_converged",
     "gradual",
     "linear_probe",
     "parse_schedule",
@@ -244,11 +245,16 @@ def plateau(
 
 
 def auto(
-    criterion: str, blocks: int = 1, every: str | Time = "1ep", batches: int = 8, embeddings: bool = True
+    criterion: str,
+    blocks: int = 1,
+    every: str | Time = "1ep",
+    batches: int = 8,
+    embeddings: bool = True,
+    per: str = "block",
 ) -> Schedule:
     """Open the head first, then at regular times the blocks that a criterion finds most worth training.
 
-    Before each opening the gradients of the closed blocks are measured on a few batches; training is not disturbed.
+    Before each opening the closed blocks are measured on a few batches; training is not disturbed.
 
     Example:
         >>> str(auto("validation_gradient", every="0.5ep"))
@@ -260,11 +266,36 @@ def auto(
         every: Time between two openings.
         batches: Batches to measure on; fewer where an opening would cost more than 5 % of the steps to the next.
         embeddings: Whether the embeddings open at last.
+        per: ``block``, or ``parameter``: what a block is worth divided by the number of its parameters.
+
+    Raises:
+        ScheduleError: An argument of the wrong kind, or no criterion; later, an unknown criterion.
+
+    Reference: Surgical fine-tuning, arXiv 2210.11466.
+    """
+    given = {"criterion": criterion, "blocks": blocks, "batches": batches, "embeddings": embeddings, "per": per}
+    return _build_named("auto", {**given, "every": _time(every)})
+
+
+def freeze_converged(
+    criterion: str = "gradient_change", percentile: int = 50, every: str | Time = "10%", batches: int = 8
+) -> Schedule:
+    """Train everything, then freeze from the bottom up the blocks that have converged.
+
+    Example:
+        >>> str(freeze_converged(every="200step"))
+        'freeze_converged(gradient_change, percentile=50, every=200step, batches=8)'
+
+    Args:
+        criterion: A name from ``hf_unfreeze.criteria``, or of a criterion of your own; what has converged is low.
+        percentile: A block below this percentile of those that train freezes, if all below it are frozen.
+        every: Time between two choices.
+        batches: Batches to measure on; fewer where a choice would cost more than 5 % of the steps to the next.
 
     Raises:
         ScheduleError: An argument of the wrong kind; later, an unknown criterion.
 
-    Reference: Surgical fine-tuning, arXiv 2210.11466.
+    Reference: AutoFreeze, arXiv 2102.01386.
     """
-    given = {"criterion": criterion, "blocks": blocks, "batches": batches, "embeddings": embeddings}
-    return _build_named("auto", {**given, "every": _time(every)})
+    given = {"criterion": criterion, "percentile": percentile, "batches": batches}
+    return _build_named("freeze_converged", {**given, "every": _time(every)})

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,16 +15,17 @@ from torch import nn
 from ._adapters import eligible_groups
 from ._checkpointing import Checkpointing
 from ._compiling import GraphLimit
+from ._coverage import check_covered, opened_since, warn_unreached
 from ._decisions import decisions_of
-from ._kept import BestWeights, Kept
+from ._kept import BestWeights, Kept, Pretrained
 from ._options import Options, parse_warmup
 from ._probe import Probe, Prober
 from .cache import FrozenPrefixCache
 from .distributed import of_rank_0, process_followers, refuse_wrappers, unwrap
-from .errors import OptimizerError, UnfreezeError
+from .errors import UnfreezeError
 from .freezing import Follower, FrozenEval, apply_trainable
 from .groups import layer_groups
-from .optim import DropState, GroupRates, check_optimizer, decay_multipliers, raw_optimizer
+from .optim import DropState, GroupRates, OffloadState, check_optimizer, decay_multipliers, raw_optimizer
 from .optim import group_weight_decay as group_weight_decay_of
 from .regularization import Pull, RaisedDropout
 from .schedule import Phase, Schedule, parse_schedule, spec_of
@@ -74,9 +74,10 @@ class Unfreezer:
         group_weight_decay: Weight decay of some groups, ``"head=0.1, block[0:4]=0"``; parameters without weight decay
             stay without.
         drop_state: Whether the optimizer forgets its state of parameters that are frozen again.
+        offload_state: Whether the optimizer's state of frozen parameters lies in main memory.
         cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: what frozen blocks compute for
             an example is kept for the whole run.
-        probe: Batches on which an ``auto`` schedule measures.
+        probe: Batches on which ``auto`` and ``freeze_converged`` measure.
 
     Raises:
         ScheduleError: The schedule cannot be read or does not fit the model or the run.
@@ -99,10 +100,13 @@ class Unfreezer:
         dropout: float = 0.0,
         group_weight_decay: str | None = None,
         drop_state: bool = False,
+        offload_state: bool = False,
         cache: str | FrozenPrefixCache | None = None,
         probe: Probe | None = None,
     ) -> None:
-        options = Options(layer_decay, block_warmup, frozen_eval, pull, dropout, group_weight_decay, drop_state)
+        options = Options(
+            layer_decay, block_warmup, frozen_eval, pull, dropout, group_weight_decay, drop_state, offload_state
+        )
         refuse_wrappers(model)
         self.optimizer = raw_optimizer(optimizer)
         check_optimizer(self.optimizer)
@@ -112,19 +116,20 @@ class Unfreezer:
         self.groups = eligible_groups(root, layer_groups(root))
         self._members = [(group, [named[name] for name in group.parameter_names]) for group in self.groups]
         kept = FrozenPrefixCache.parse(cache)
-        if self.schedule.name == "auto" and kept is not None:
-            raise UnfreezeError(
-                f"{self.schedule} measures gradients inside frozen blocks, and the cache passes them over. "
-                "Write cache=None, or another schedule."
-            )
-        by_name = {group.name: parameters for group, parameters in self._members}
+        by_name = {group.name: {name: named[name] for name in group.parameter_names} for group in self.groups}
         prober = partial(Prober, root, by_name, self.optimizer, self.schedule, probe)
         self.decisions = decisions_of(self.schedule, self.groups, total_steps, steps_per_epoch, prober)
+        measure = self.decisions.measure
+        if kept is not None and measure and (self.schedule.name == "auto" or measure.criterion.outputs):
+            raise UnfreezeError(
+                f"{self.schedule} measures inside frozen blocks, and the cache passes them over. "
+                "Write cache=None, or another schedule."
+            )
         self._decay = decay_multipliers(self.groups, layer_decay)
         warmup = parse_warmup(block_warmup)
         self._warmup = warmup.to_step(total_steps, steps_per_epoch) if warmup else 0
-        self._warn_unreached(total_steps)
-        self._check_covered()
+        warn_unreached(self.schedule, self.phases, self.groups, total_steps)
+        check_covered(self.schedule, self.optimizer, self._members, self.decisions.may_open)
 
         self._step = 0
         self._current: Phase | None = None
@@ -159,9 +164,13 @@ class Unfreezer:
             self._followers.append(RaisedDropout(root, options.dropout))
         if options.drop_state:
             self._followers.append(DropState(self.optimizer, members.values()))
+        if options.offload_state:
+            self._followers.append(OffloadState(self.optimizer, members.values()))
         if self.decisions.keeps_best:
             self.best = BestWeights(members, root.named_buffers())
             self._followers.append(self.best)
+        if self.pretrained is not None:
+            self._followers.append(self.pretrained)
         opened = self.decisions.may_open
         trained = [p for group, parameters in self._members if group.name in opened for p in parameters]
         self._followers += process_followers(model, self.optimizer, trained, self._announcement)
@@ -185,7 +194,7 @@ class Unfreezer:
         if phase is self._current:
             return None
         self._current = phase
-        self._opened = _openings(self.phases[: number + 1])
+        self._opened = opened_since(self.phases[: number + 1])
         if self.best and phase.restores and phase.start == global_step:  # and not where a run resumed later on
             self.best.restore()
         apply_trainable(self._members, phase.trainable)
@@ -203,7 +212,7 @@ class Unfreezer:
             global_step: Optimizer updates done so far; by default one more than at the last ``step()``.
         """
         step = self._step + 1 if global_step is None else global_step
-        if self.schedule.decided(self.groups) and self.decisions.observe(of_rank_0(metrics), step) and self.best:
+        if self.schedule.name == "plateau" and self.decisions.observe(of_rank_0(metrics), step) and self.best:
             self.best.take()
 
     @property
@@ -214,7 +223,20 @@ class Unfreezer:
     @property
     def kept(self) -> list[Kept]:
         """The copies of weights that a resumed run needs."""
-        return [kept for kept in (self.pull and self.pull.kept, self.best) if kept]
+        return [kept for kept in (self.pull and self.pull.kept, self.best, self.pretrained) if kept]
+
+    @property
+    def pretrained(self) -> Pretrained | None:
+        """The weights with which the run began, where a criterion compares with them."""
+        return self.decisions.measure.pretrained if self.decisions.measure else None
+
+    def take_records(self) -> list[dict[str, Any]]:
+        """Return what was measured since the last call, for a log: a resumed run needs it there."""
+        measure = self.decisions.measure
+        if measure is None:
+            return []
+        records, measure.records = measure.records, []
+        return records
 
     @property
     def transition(self) -> Transition:
@@ -250,7 +272,9 @@ class Unfreezer:
         return now + [f"from step {phase.start} {spec_of(phase.trainable, self.groups)}" for phase in coming]
 
     def _upcoming(self) -> list[Phase]:
-        return [phase for phase in self.phases if self._current is None or phase.start >= self._current.start]
+        possible = [Phase(self._step, names) for names in self.schedule.decided(self.groups)]
+        known = [phase for phase in self.phases if self._current is None or phase.start >= self._current.start]
+        return known + (possible if self.schedule.name == "freeze_converged" else [])
 
     def _multipliers(self) -> dict[str, float]:
         if not self._warmup:
@@ -261,48 +285,3 @@ class Unfreezer:
         """Return the warm-up factor of a group: a function of the step alone, so that a resume needs no state."""
         opened = self._opened.get(name, 0)
         return min(1.0, (self._step - opened + 1) / self._warmup) if opened > 0 else 1.0
-
-    def _warn_unreached(self, total_steps: int | None) -> None:
-        late = [phase for phase in self.phases if total_steps is not None and phase.start >= total_steps]
-        if late:
-            names = "; ".join(f"{spec_of(phase.trainable, self.groups)} at step {phase.start}" for phase in late)
-            warnings.warn(
-                f"schedule '{self.schedule}' will not reach: {names}. The run has {total_steps} steps. "
-                "Shorten the times, write them in %, or train longer.",
-                UserWarning,
-                stacklevel=3,
-            )
-
-    def _check_covered(self) -> None:
-        """Refuse what would be frozen for ever in silence: parameters that the optimizer does not hold."""
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        opened = self.decisions.may_open
-        missing = [
-            (name, parameter.requires_grad)
-            for group, parameters in self._members
-            if group.name in opened
-            for name, parameter in zip(group.parameter_names, parameters, strict=True)
-            if id(parameter) not in held
-        ]
-        if not missing:
-            return
-        name, trains = missing[0]
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        if not trains:
-            raise OptimizerError(
-                f"{name}{more} had requires_grad=False when the optimizer was built, so it is not in it, and the "
-                f"schedule '{self.schedule}' would open it. Do not freeze before training: the schedule does that. "
-                "Leave requires_grad alone, or leave these groups out of the schedule."
-            )
-        raise OptimizerError(
-            f"the optimizer lacks {name}{more}, which the schedule '{self.schedule}' opens. Build it over all "
-            "parameters, for instance AdamW(model.parameters()) or param_groups_layer_decay(model, lr=…)."
-        )
-
-
-def _openings(phases: Sequence[Phase]) -> dict[str, int]:
-    """Return for each group of the last phase the step from which it has trained without a break."""
-    opened: dict[str, int] = {}
-    for phase in phases:
-        opened = {name: opened.get(name, phase.start) for name in phase.trainable}
-    return opened

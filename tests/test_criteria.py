@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 
 import pytest
 import torch
-from conftest import hashes, tiny_bert
+from conftest import EXAMPLES, hashes, tiny_bert
 from test_schedule import plan
+from transformers import TrainerCallback
 
 from hf_unfreeze import UnfreezeCallback, UnfreezeError, Unfreezer, parse_schedule
 from hf_unfreeze import criteria as module
+from hf_unfreeze._outputs import group_modules, outputs_of
 from hf_unfreeze._probe import Probe, Prober
 from hf_unfreeze.criteria import Evidence, register_criterion
 from hf_unfreeze.errors import ScheduleError
 from hf_unfreeze.schedule import auto
 
-BUILT_IN = ["relative_gradient_norm", "gradient_snr", "fisher", "spectrum_snr", "validation_gradient"]
+BUILT_IN = [*module._CRITERIA]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* measures on .* batches at each choice:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +68,6 @@ def test_always_choosing_the_top_equals_the_timed_run(make_trainer, criterion, a
     assert hashes(ours.model) == hashes(timed.model)
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")
-
-
 def test_what_the_criterion_chooses_opens_and_the_record_says_why(make_trainer):
     trainer = run(make_trainer, "auto(bottom, every=2step, blocks=2)", max_steps=7)
     assert opened(trainer) == [(0, "head"), (2, "block[0:2], head"), (4, "block[0:4], head"), (6, "all")]
@@ -97,13 +101,106 @@ def test_the_numbers_are_those_of_the_formulas():
     known = evidence([3.0, 4.0], [0.6, 0.8], [1.0, 1.0], [1.0, -1.0], [0.5, 0.25])
     assert module.relative_gradient_norm(known) == pytest.approx(0.2)
     assert module.gradient_snr(known) == pytest.approx(1.0 / (2.0 - 1.0))
-    assert module.fisher(known) == pytest.approx(1.0)
+    assert module.fisher(known) == pytest.approx(2.0)
     assert module.validation_gradient(known) == pytest.approx(0.25)
     torch.manual_seed(0)
     noise = torch.randn(60, 60)
     spike = noise + 5 * torch.outer(torch.randn(60), torch.randn(60))
     wide, low = (module.spectrum_snr(Evidence("", [w], [], [], [], [], 1)) for w in (spike, noise))
     assert wide != low and math.isnan(module.spectrum_snr(Evidence("", [torch.ones(3)], [], [], [], [], 1)))
+
+
+def test_change_of_the_gradient_is_that_of_its_norm_relative_to_before():
+    def change(norm, before):
+        return module.gradient_change(Evidence("", [], [], [], [], [], 2, norm, before))
+
+    assert change(3.0, 4.0) == change(5.0, 4.0) == 0.25
+    assert all(math.isnan(change(3.0, before)) for before in (0.0, math.nan))
+
+
+def similarity(rows, other):
+    """Linear CKA by the definition, from the centred matrices of inner products."""
+    centre = torch.eye(len(rows)) - 1 / len(rows)
+    first, second = (centre @ x @ x.T @ centre for x in (rows, other))
+    return float((first * second).sum() / (first.norm() * second.norm()))
+
+
+def test_cka_is_that_of_the_definition_and_blind_to_rotation_and_size():
+    generator = torch.Generator().manual_seed(0)
+    rows, other = torch.randn(40, 6, generator=generator), torch.randn(40, 6, generator=generator)
+    rotation = torch.linalg.qr(other[:6])[0]
+
+    def moved(output, pretrained):
+        return module.cka(Evidence("", [], [], [], [], [], 1, output=output, pretrained=pretrained))
+
+    assert moved(rows, other) == pytest.approx(1 - similarity(rows, other), abs=1e-5)
+    assert 0.3 < moved(rows, other) < 1
+    assert moved(3 * rows @ rotation + 1, rows) == pytest.approx(0, abs=1e-6) and moved(rows, rows.clone()) == 0
+    assert math.isnan(moved(rows, torch.ones(40, 6))) and math.isnan(module.cka(evidence([1.0], [1.0], [1.0])))
+
+
+def test_outputs_of_blocks_are_compared_with_the_model_that_the_run_began_with(make_trainer, tmp_path):
+    """By hand: the models at the first and at the fourth step, the batch that the probe draws, and CKA as defined."""
+    models = {}
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            models[state.global_step] = copy.deepcopy(model).eval()
+
+    spec, saved = "freeze_converged(cka, every=4step)", {"save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(UnfreezeCallback(spec), Look(), max_steps=5, **saved)
+    trainer.train()
+    (record,) = (r for r in trainer.state.log_history if "unfreeze/worth" in r)
+    drawn = torch.randperm(EXAMPLES, generator=torch.Generator().manual_seed(3))[:4].tolist()
+    ids = torch.stack([trainer.train_dataset[i]["input_ids"] for i in drawn])
+    with torch.no_grad():
+        first, fourth = (models[step].bert(ids, output_hidden_states=True).hidden_states[1:] for step in (0, 4))
+    for block, (before, now) in enumerate(zip(first, fourth, strict=True)):
+        expected = 1 - similarity(now.flatten(0, 1), before.flatten(0, 1))
+        assert record["unfreeze/worth"][f"block[{block}]"] == pytest.approx(expected, abs=1e-5) and expected > 1e-4
+    again = run(make_trainer, spec, str(tmp_path / "run" / "checkpoint-2"), max_steps=5, output_dir=str(tmp_path / "a"))
+    assert record in again.state.log_history and hashes(again.model) == hashes(trainer.model)
+
+
+def test_channels_of_an_image_are_features():
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 1), torch.nn.Flatten(), torch.nn.Linear(20, 2))
+    found = outputs_of({"block[0]": layers[0], "block[1]": layers[2]}, lambda: layers(torch.ones(4, 3, 2, 2)))
+    assert {name: tuple(rows.shape) for name, rows in found.items()} == {"block[0]": (16, 5), "block[1]": (4, 2)}
+    with pytest.raises(ScheduleError, match=r"block\[0\] and block\[1\] are no modules of their own"):
+        group_modules(layers, {"block[0]": ["0.weight"], "block[1]": ["0.bias"]})
+
+
+@pytest.mark.parametrize(("per", "first"), [("block", "block[3]"), ("parameter", "block[1]")])
+def test_worth_by_block_or_by_parameter(per, first):
+    sizes = {f"block[{i}]": {f"{i}": torch.nn.Parameter(torch.ones(10 * i))} for i in range(1, 4)}
+    parameters = [p for block in sizes.values() for p in block.values()]
+    probe = Probe(lambda model, batch: sum(p.sum() for p in parameters) * batch, lambda count: [1.0] * count)
+    register_criterion("root", lambda evidence: module.fisher(evidence) ** 0.5)
+    worth = Prober(torch.nn.Module(), sizes, torch.optim.SGD(parameters), auto("root", per=per), probe, 1000)([*sizes])
+    assert max(worth, key=worth.__getitem__) == first
+
+
+def test_what_measuring_may_cost():
+    """8 batches, or 5 % of those trained on; validation batches count; below 2 a warning."""
+    model = torch.nn.Linear(2, 1)
+    probe = Probe(lambda model, batch: model(batch).sum(), list, list, per_step=2)
+    members = {"block[0]": dict(model.named_parameters())}
+
+    def prober(criterion, interval):
+        return Prober(model, members, torch.optim.SGD(model.parameters()), auto(criterion), probe, interval)
+
+    assert [prober("fisher", steps).batches for steps in (20, 50, 80, 1000)] == [2, 5, 8, 8]
+    assert prober("validation_gradient", 80).batches == 4 and prober("validation_gradient", 80).cost == 0.05
+    with pytest.warns(UserWarning, match="on 4 batches at each choice and trains on 20 until the next: it costs 20%"):
+        assert prober("validation_gradient", 10).batches == 2
+
+
+def test_no_evaluation_sets_are_no_validation_data(make_trainer):
+    trainer = make_trainer(UnfreezeCallback("gradual"), max_steps=1)
+    trainer.eval_dataset = {}
+    trainer.train()
+    with pytest.raises(UnfreezeError, match="needs validation data"):
+        run(make_trainer, "auto(validation_gradient)", prepare=lambda trainer: setattr(trainer, "eval_dataset", {}))
 
 
 def test_measuring_leaves_no_trace():
@@ -117,8 +214,9 @@ def test_measuring_leaves_no_trace():
         return [torch.rand(8, 4) + random.random() for _ in range(count)]
 
     probe = Probe(lambda model, batch: model(batch).square().sum(), batches)
-    prober = Prober(model, {"block[0]": list(model[0].parameters())}, optimizer, auto("fisher", batches=4), probe, 60)
-    assert prober.batches == 3, "5 % of 60 steps"
+    members = {"block[0]": {f"0.{name}": parameter for name, parameter in model[0].named_parameters()}}
+    prober = Prober(model, members, optimizer, auto("fisher", batches=4), probe, 60)
+    assert prober.batches == 3
     before = torch.random.get_rng_state(), random.getstate()
     assert prober(["block[0]"])["block[0]"] > 0
     assert torch.equal(before[0], torch.random.get_rng_state()) and before[1] == random.getstate()
@@ -134,7 +232,7 @@ def test_the_damaged_block_is_found():
     model = torch.nn.Sequential(*(torch.nn.Linear(6, 6) for _ in range(4)))
     inputs = torch.randn(64, 6)
     targets = model(inputs).detach()
-    members = {f"block[{i}]": list(layer.parameters()) for i, layer in enumerate(model)}
+    members = {f"block[{i}]": {f"{i}.{n}": p for n, p in layer.named_parameters()} for i, layer in enumerate(model)}
     with torch.no_grad():
         model[3].bias += 1.0
     probe = Probe(
@@ -151,7 +249,8 @@ def test_the_damaged_block_is_found():
     ("spec", "message"),
     [
         ("auto(fischer)", "'fischer' is no criterion. There are .*Did you mean 'fisher'"),
-        ("auto", "'' is no criterion"),
+        ("auto", r"auto needs a criterion, which has no default. Write auto\(relative_gradient_norm\)"),
+        ("auto(fisher, per=weight)", "per=weight is none of block, parameter"),
         ("auto(fisher, batches=0)", "batches must be more than 0"),
         ("auto(validation_gradient)", "needs validation data. Pass eval_dataset"),
     ],

@@ -191,7 +191,7 @@ def test_the_plan_says_that_data_decides():
     schedule = plateau("eval_loss")
     rows = plan_rows(model, groups, schedule.phases(groups), 7, decided=schedule.decided(groups))
     assert [row.start_step for row in rows] == [0, None, None, None, None, None] and rows[-1].trainable == "all"
-    assert "evaluations decide" in plan_table(rows, "").caption
+    assert "evaluations decide" in plan_table(rows, str(schedule)).caption
 
 
 EVERY_2 = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 20}

@@ -11,11 +11,13 @@ from test_criteria import opened
 from hf_unfreeze import Schedule, UnfreezeCallback, parse_schedule
 from hf_unfreeze.errors import ScheduleError
 
+pytestmark = pytest.mark.filterwarnings("ignore:.* measures on .* batches at each choice:UserWarning")
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 RUNS = {
     "auto(fisher, every=3step, batches=2)": {},
     "rotate(blocks=1, every=2step, embeddings=false)": {},
     "plateau(eval_loss, patience=1)": EVALUATED,
+    "freeze_converged(every=2step, percentile=90)": {},
     "head@0, all@30%, -block[0:2]@8step": {},
 }
 

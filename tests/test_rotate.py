@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 
 from hf_unfreeze import UnfreezeCallback, Unfreezer, layer_groups, parse_schedule, rotate
 from hf_unfreeze._plan import plan_rows, plan_table
-from hf_unfreeze.errors import ScheduleError
+from hf_unfreeze.errors import ScheduleError, UnfreezeError
+from hf_unfreeze.optim import OffloadState
 
 SPEC = "rotate(blocks=1, every=3step)"
 
@@ -134,23 +135,69 @@ def test_resume_is_exact(make_trainer, tmp_path, drop_state):
         assert hashes(again.model) == hashes(whole.model), step
 
 
+def state_bytes(optimizer, device="cpu"):
+    tensors = [value for state in optimizer.state.values() for value in state.values() if value.device.type == device]
+    return sum(value.numel() * value.element_size() for value in tensors)
+
+
 def test_gradients_and_state_never_exceed_the_turn():
-    """BAdam: without head and embeddings, and with drop_state, one block's gradients and moments are all there is."""
+    """BAdam: without head and embeddings, and with drop_state, they are what the plan says of one block."""
+    spec = "rotate(blocks=1, every=2step, embeddings=false, head=false)"
     model = tiny_bert()
+    groups = layer_groups(model)
+    rows = {row.start_step: row for row in plan_rows(model, groups, parse_schedule(spec).phases(groups, 16))}
+    (everything,) = plan_rows(model, groups, parse_schedule("all@0").phases(groups))
     optimizer = torch.optim.AdamW(model.parameters())
-    unfreezer = Unfreezer(
-        model, optimizer, "rotate(blocks=1, every=2step, embeddings=false, head=false)", total_steps=16, drop_state=True
-    )
-    block = sum(p.numel() for p in model.bert.encoder.layer[0].parameters())
+    unfreezer = Unfreezer(model, optimizer, spec, total_steps=16, drop_state=True)
     for step in range(16):
         unfreezer.step(step)
+        row = rows[step - step % 2]
         model(input_ids=torch.arange(8)[None], labels=torch.tensor([1])).loss.backward()
-        assert sum(p.grad.numel() for p in model.parameters() if p.grad is not None) == block
+        assert sum(p.grad.nbytes for p in model.parameters() if p.grad is not None) == row.gradient_bytes
         optimizer.step()
         optimizer.zero_grad()
-        moments = [v for entry in optimizer.state.values() for k, v in entry.items() if k != "step"]
-        assert sum(v.numel() * v.element_size() for v in moments) == 2 * 4 * block
+        counts = 4 * len(optimizer.state)  # of steps, one number for each tensor
+        assert state_bytes(optimizer) - counts == row.optimizer_bytes == 2 * row.gradient_bytes
+        assert state_bytes(optimizer) == pytest.approx(row.optimizer_bytes, rel=0.05)
     unfreezer.close()
+    assert everything.optimizer_bytes > 7 * row.optimizer_bytes
+
+
+def test_offloaded_state_leaves_the_device_and_comes_back():
+    """On torch's lazy device, whose tensors are apart from those of the CPU."""
+    import torch._lazy.ts_backend
+
+    torch._lazy.ts_backend.init()
+    layers = [torch.nn.Linear(3, 3).to("lazy") for _ in range(2)]
+    parameters = [p for layer in layers for p in layer.parameters()]
+    optimizer = torch.optim.AdamW(parameters, foreach=False)
+    offload = OffloadState(optimizer, parameters)
+    moments = 2 * 4 * 12  # bytes of a layer
+    for turn, away in ((0, 0), (1, moments), (0, moments)):
+        for number, layer in enumerate(layers):
+            layer.requires_grad_(number == turn)
+        offload.update()
+        layers[1](layers[0](torch.ones(2, 3, device="lazy"))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        counts = 4 * len(optimizer.state)
+        assert state_bytes(optimizer, "lazy") == moments
+        assert state_bytes(optimizer) - counts == away
+    offload.close()
+    assert state_bytes(optimizer, "lazy") == 2 * moments
+    saved = optimizer.state_dict()["state"]
+    assert [float(saved[number]["step"]) for number in range(4)] == [2, 2, 1, 1]
+
+
+def test_state_is_dropped_or_offloaded(make_trainer):
+    with pytest.raises(UnfreezeError, match="exclude each other"):
+        UnfreezeCallback(SPEC, drop_state=True, offload_state=True)
+    weights = []
+    for offload in (False, True):
+        trainer = make_trainer(UnfreezeCallback(SPEC, offload_state=offload), max_steps=9)
+        trainer.train()
+        weights.append(hashes(trainer.model))
+    assert weights[0] == weights[1]
 
 
 def test_a_long_plan_is_cut_for_people():

@@ -1,0 +1,69 @@
+"""What a schedule reaches in a run, and whether the optimizer can train it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import nn
+
+from .errors import OptimizerError
+from .groups import LayerGroup
+from .schedule import Phase, Schedule, spec_of
+
+__all__ = ["check_covered", "opened_since", "warn_unreached"]
+
+
+def opened_since(phases: Sequence[Phase]) -> dict[str, int]:
+    """Return for each group of the last phase the step from which it has trained without a break."""
+    opened: dict[str, int] = {}
+    for phase in phases:
+        opened = {name: opened.get(name, phase.start) for name in phase.trainable}
+    return opened
+
+
+def warn_unreached(
+    schedule: Schedule, phases: Sequence[Phase], groups: Sequence[LayerGroup], total_steps: int | None
+) -> None:
+    """Tell of phases that begin after the last step."""
+    late = [phase for phase in phases if total_steps is not None and phase.start >= total_steps]
+    if late:
+        names = "; ".join(f"{spec_of(phase.trainable, groups)} at step {phase.start}" for phase in late)
+        warnings.warn(
+            f"schedule '{schedule}' will not reach: {names}. The run has {total_steps} steps. "
+            "Shorten the times, write them in %, or train longer.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def check_covered(
+    schedule: Schedule,
+    optimizer: torch.optim.Optimizer,
+    members: Sequence[tuple[LayerGroup, Sequence[nn.Parameter]]],
+    opened: Collection[str],
+) -> None:
+    """Refuse what would be frozen for ever in silence: parameters that the optimizer does not hold."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [
+        (name, parameter.requires_grad)
+        for group, parameters in members
+        if group.name in opened
+        for name, parameter in zip(group.parameter_names, parameters, strict=True)
+        if id(parameter) not in held
+    ]
+    if not missing:
+        return
+    name, trains = missing[0]
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    if not trains:
+        raise OptimizerError(
+            f"{name}{more} had requires_grad=False when the optimizer was built, so it is not in it, and the "
+            f"schedule '{schedule}' would open it. Do not freeze before training: the schedule does that. "
+            "Leave requires_grad alone, or leave these groups out of the schedule."
+        )
+    raise OptimizerError(
+        f"the optimizer lacks {name}{more}, which the schedule '{schedule}' opens. Build it over all "
+        "parameters, for instance AdamW(model.parameters()) or param_groups_layer_decay(model, lr=…)."
+    )
