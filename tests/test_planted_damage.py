@@ -31,6 +31,11 @@ def test_the_label_is_the_value_of_the_key_that_is_asked_for():
         assert values[key] == row["labels"]
 
 
+def test_of_equals_the_upper_block_is_the_choice():
+    equal = RESULT | {"worth": {"cka": dict.fromkeys(RESULT["reached"], 0.0)}}
+    assert planted_damage.first_choices(equal) == {"cka": "block[3]", "top first": "block[3]"}
+
+
 def test_a_choice_is_right_where_it_brings_nine_tenths_of_the_best():
     assert planted_damage.first_choices(RESULT) == {"fisher": "block[1]", "top first": "block[3]"}
     assert [planted_damage.repairs(RESULT, f"block[{index}]") for index in range(4)] == [True, False, False, False]
