@@ -40,8 +40,12 @@ def arrange(stacks: Iterable[str], parallel: bool) -> Tiers:
         alone = order + 1 if inner and name not in RANKS else 0  # a second stack of its kind opens before the first
         if rank == UNKNOWN:
             alone = order + 1
-        tiers.setdefault((rank, RANKS.get(inner, 0) if inner else 0, alone), []).append(name)
-    return tuple(tuple(names) for _, names in sorted(tiers.items()))
+        part = RANKS.get(inner.rstrip("0123456789"), 0) if inner else 0
+        tiers.setdefault((rank, part, alone), []).append(name)
+    result = [tuple(names) for _, names in sorted(tiers.items())]
+    if result[0] == ("connector",) and len(result) > 2:  # no tower below: it leads from an encoder to a decoder
+        result[:2] = reversed(result[:2])
+    return tuple(result)
 
 
 def in_parallel(names: Iterable[str], model: nn.Module) -> bool:

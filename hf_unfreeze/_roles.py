@@ -16,6 +16,7 @@ __all__ = [
     "BLOCK_CLASS",
     "CLASS_MODALITIES",
     "CONNECTOR",
+    "FIRST_STAGE",
     "HEAD",
     "INPUT_PROJECTION",
     "MIXES_TOKENS",
@@ -50,39 +51,44 @@ BLOCK_CLASS = (
     r"Block|Stage|ConvEncoder$|^MobileAttention$",
 )
 NO_BLOCK_CLASS = (
-    r"Norm|Embed|Linear|Conv\d?d?(Norm)?Layer$|Conv\dd|Expert|MLP|Mlp|FFN|Feed|Downsampl|Upsampl|Head$|SelfAttention$|Dropout",
+    r"Norm|Embed|Linear|(?<!Rep)Conv\d?d?(Norm)?Layer$|Conv\dd|Expert|MLP|Mlp|FFN|Feed|Downsampl|Upsampl|Head$|SelfAttention$|Dropout",
 )
-# Feature extractors and small predictors: no blocks, although some of them are checkpointed.
-NEVER_CLASS = (r"(LayerNorm|GroupNorm)ConvLayer$|PredictorLayer$|Data2VecAudio\w*ConvLayer$",)
+# Feature extractors, small predictors and parts of blocks: no blocks, although some are checkpointed or never split.
+NEVER_CLASS = (
+    r"(LayerNorm|GroupNorm)ConvLayer$|PredictorLayer$|Data2VecAudio\w*ConvLayer$",
+    r"ResNetConvLayer$|GLPNDecoderStage$|VitMatteFusionBlock$",
+)
 # Components under which a list is never a stack of blocks: stems and heads.
 NOT_STACKS = (
     r"^(feature_(extractor|encoder)|conv_embed\w*|embeddings?|embedder|patch_embed\w*|stem|subsampl\w*|conv_stem)$",
-    r"^(fpn|pan)_blocks$|^fusion_stage$|^tracker_neck$|^segmentation|^duration_predictor$",
+    r"^(fpn|pan)_blocks$|^fusion_stage$|^tracker_neck$|^task_encoder$|^segmentation|^duration_predictor$",
     r"head|classifier|^neck$|^cls$|^score$|^pooler$|^projector$|_projectors$|merger|multi_modal_projector|upscale|upsampl|expert|^mlp$|^ffn$|(?<!image)(?<!audio)_embed$|tdnn|adapter|^fc\w*$",
 )
 # What is a tower in spite of lying there: the Q-Former in a projector, the image model in a video embedder.
 TOWERS_INSIDE = (r"^(qformer|vision_model|audio_encoder|video_encoder)$",)
+# A stage of blocks inside a stem: the lowest of the stages beside it.
+FIRST_STAGE = (r"^stage$",)
 NEVER_BLOCK = (r"^(experts|adapters?|downsample\w*|downsampl\w*|lora_\w+)$",)
 # Towers of convolutions of many kinds, in which nothing repeats: one block.
-TOWER_CLASS = (r"^Encodec(En|De)coder$",)
+TOWER_CLASS = (r"^Encodec(En|De)coder$|^WavTokenizerEncoder$",)
 # The part of a block that makes a list of parts a block.
 MIXES_TOKENS = (r"Attention$",)
 # Members of a list of stages that lead from one stage to the next.
 BETWEEN_STAGES = (r"Embeddings?$|Downsampl|PatchMerging",)
-STAGE_INNER = (r"^(blocks?|layers?|resnets?|res_blocks|attentions|\d+)$",)
+STAGE_INNER = (r"^(blocks?|layers?|stage|resnets?|res_blocks|attentions|\d+)$",)
 
 STEM = (
     r"embed(?!_out|.*(head|predict))|^w[tp]e$|^(cls|mask|register|dist\w*|class|pos|meta|storage|query|special)_?tok|_tokens?$",
     r"pos(ition)?(al)?_|^pos(_|$)|position|patch|^stem|_stem$|^conv1$|^(conv_in|shared|tok|word|token)\w*$",
     r"feature_(extractor|projection)|^relative_attention_bias$|rel_embeddings|rotary|subsampl|^frontend|^prompt_encoder$",
     r"^masked_spec_embed$|^mask_emb$|^(ln|norm)_pre$|^pre_?(ln|layer_?norm|norm|layrnorm)$|^input_proj|^project_in$",
-    r"^per_layer|^ple$|^altup_proj|_(latent|speakers|delta|prompt)_proj$|^mel_|newline|separator|^query(_feat)?$|^visual_prompter$",
+    r"^per_layer|^ple$|^altup_proj|_(latent|speakers|delta|prompt)_proj$|^mel_|newline|separator|^query(_feat)?$|^visual_prompter$|^self_conditioning$",
 )
 HEAD = (
     r"^(\w*_)?(classifiers?|classification|class_head|lm_head|heads?|pooler|pooling\w*|scorer?|qa_outputs|cls|logits?\w*)$",
     r"head|classifier|predict(?!or)|^logit_|temperature|pooler|^ctc|^fc_norm$|^score|seq_relationship|^embed_out$|^attention_pool",
     r"^(start|end|answer|span)_|^tdnn$|^layer_weights$|^projector$|^decode_|^neck$|(?<!denoising_)class_embed(?!ding)|bbox_embed(?!ding)|^bbox_pred",
-    r"^embedding_proj|^upscale|^embed_out|unembed|mask_embed(?!ding)|_a3_module$|merger|^final_input$|^segmentation",
+    r"^embedding_proj|^upscale|^embed_out|unembed|mask_embed(?!ding)|_a3_module$|merger|^final_input$|^segmentation|^transposed_convolution",
     r"^vocab|^generator|^proj_out$|^summary|^discriminator|^lm_|^qa_",
 )
 NORM = (r"norm|^ln|^layernorm|^post_?ln",)
@@ -108,17 +114,20 @@ QUIRKS = (
     (r"^Sam3VideoModel", r"^tracker_neck$", "connector"),
     (r"^XcodecModel", r"^fc\d?$", "connector"),
     (r"VideoPrismVision", r"^layernorm1$", "connector"),
-    (r"Blip2ForImageTextRetrieval", r"^(vision|text)_projection$", "head"),
+    (r"Blip\w*(Retrieval|WithProjection)$", r"^(vision|text)_proj(ection)?$", "head"),
     (r"MuseGlimmerAssistant", r"^encoder$", "embeddings"),
     (r"Canine", r"^(chars_to_molecules|projection)$", "connector"),
     (r"Sam\w*VisionEncoder|SamEncoder", r"^proj$", "connector"),
     (r"LocalEncoder", r"^patch_embedding_projection$", "connector"),
+    (r"^XCLIPModel", r"^prompts_visual_layernorm$", "connector"),
+    (r"^XCLIPPromptGenerator", r"^alpha$", "head"),
+    (r"^VitsModel", r"^posterior_encoder$", "connector"),
 )
 CONNECTOR = (
     r"projector|connector|multi_?modal|^mm_|resampl|merger|aligner|bridge|abstractor|(visual|vision|language|modality|mm)_proj|_to_mm_",
     r"^image_(newline|separator)|^view_separator|link_tower|^cross_modal_\w+_transform$|enc_to_dec_proj|^embed_(vision|audio)$|^adapter$",
     r"^(image_to_)?(language|text|vision|audio|image|visual|speech)_(model_)?(projection|proj|adapter)$|qformer|^query_tokens$",
-    r"^high_res_vision_|^(latents|semantic_adapter|fc_encoder|latent_proj|encoder_to_decoder|keypoint_encoder)$|quantize",
+    r"^high_res_vision_|^(latents|semantic_adapter|fc_encoder|latent_proj|encoder_to_decoder|keypoint_encoder)$|quantize|quant_conv",
     r"^(duration|pitch|energy)_(predictor|embed)$",
 )
 
@@ -128,8 +137,8 @@ SHARED_TABLE = (r"relative_attention_bias|rel_attn_embed|relative_bias|rel_pos_b
 # What joins a vision tower to the encoder above it (DETR and its kin).
 INPUT_PROJECTION = (
     r"^((en|de)coder_)?input_proj|^level_embed|^conv_s\d|^compress_vit|^encoder_(conv|norm)|^enc_output",
-    r"^query_position_embeddings_proj|^box_rpb_embed",
-    r"^(lateral|downsample)_convs$|^(fpn|pan)_blocks$|^ref_point_head$|^query_pos_head$|^query_input_projection$|^reference_points$|^task_(encoder|project)$",
+    r"^query_position_embeddings_proj|^box_rpb_embed|^query_scale$|^ref_anchor_head$",
+    r"^(lateral|downsample)_convs$|^(fpn|pan)_blocks$|^ref_point_head$|^query_pos_head$|^query_input_projection$|^reference_points(_head)?$|^task_(encoder|project)$",
 )
 # What a task class puts before its base model, and not on it.
 OUTER_STEM = (r"^embed_|^pre_projection$",)
@@ -138,7 +147,7 @@ OWN_STEM = (r"^embeddings$|^embed_tokens$|^word_embeddings$",)
 # A tower that has no blocks of its own, under a language model.
 TOWER = (r"audio|vision|visual|speech",)
 TASK_HEAD = (
-    r"lm_head|^ctc|classifier|^score$|class_embed|bbox_embed|logit_(scale|bias)|^(text_)?(audio|video)_head$|^(box|presence)_head$",
+    r"lm_head|^codec_head$|^ctc|classifier|^score$|class_embed|bbox_embed|logit_(scale|bias)|^(text_)?(audio|video)_head$|^(box|presence)_head$",
 )
 
 # Which tower a component names, and which part of a tower.
@@ -168,6 +177,7 @@ STACK_NAMES = (
     ("coarse", r"^coarse_acoustics"),
     ("fine", r"^fine_acoustics"),
     ("semantic_decoder", r"decoder_semantic"),
+    ("decoder", r"^backbone\.convnext$"),
     ("codec.encoder", r"^audio_encoder\.encoder$"),
     ("codec.decoder", r"^audio_encoder\.decoder$"),
     ("codec", r"codec_model|vqmodel|vq_model|vqvae|image_codebook"),
@@ -188,6 +198,7 @@ STACK_NAMES = (
     ("low", r"L_module"),
     ("high", r"H_module"),
     ("flow", r"^flow\."),
+    ("code2wav", r"code2wav_dit|^code2wav\.pre_transformer"),
     ("vocoder", r"vocoder|bigvgan|hifi_gan"),
     ("t2u", r"t2u_model"),
     ("talker", r"^talker"),
@@ -261,6 +272,7 @@ RANKS = {
     "t2u": 75,
     "cross": 80,
     "mtp": 90,
+    "code2wav": 92,
     "timestamp": 90,
     "vocoder": 95,
 }

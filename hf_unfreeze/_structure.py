@@ -23,6 +23,7 @@ from ._blocks import (
 from ._roles import (
     APART,
     BETWEEN_STAGES,
+    FIRST_STAGE,
     HEAD,
     NEVER_BLOCK,
     NOT_STACKS,
@@ -85,6 +86,9 @@ def _visit(module: nn.Module, path: str, no_split: frozenset[str]) -> Iterator[S
     for name, child in module.named_children():
         here = join(path, name)
         if not has_parameters(child) or (matches(NOT_STACKS, name) and not _has_tower(child)):
+            for part, stage in child.named_children():
+                if matches(FIRST_STAGE, part) and isinstance(stage, CONTAINERS) and is_sequence(stage, no_split):
+                    yield _stack(path, join(here, part), _members(stage, join(here, part)), no_split)
             continue
         if name in done:
             run = next(run for run in numbered if name in run)
@@ -94,10 +98,13 @@ def _visit(module: nn.Module, path: str, no_split: frozenset[str]) -> Iterator[S
         elif matches(TOWER_CLASS, type(child).__name__):
             yield Stack(path, here, [(here,)], [0])
         elif isinstance(child, CONTAINERS) and is_sequence(child, no_split) and not matches(NEVER_BLOCK, name):
-            members = [(join(here, item), element) for item, element in elements(child)]
-            yield _stack(path, here, members, no_split)
+            yield _stack(path, here, _members(child, here), no_split)
         else:
             yield from _visit(child, here, no_split)
+
+
+def _members(container: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    return [(join(path, name), element) for name, element in elements(container)]
 
 
 def _has_tower(module: nn.Module) -> bool:
@@ -148,6 +155,14 @@ def _blocks(members: list[tuple[str, nn.Module]], no_split: frozenset[str]) -> l
         before, after = _loose_of(member, path, taken)
         if first == 0:  # the patch embedding of the lowest stage is the stem
             before = [item for item in before if not re.search("embed", item.rpartition(".")[2])]
+        for name, part in member.named_children():
+            here = join(path, name)
+            beside = next((side for side in (before, after) if here in side), None)
+            if beside is None or not isinstance(part, nn.ModuleList) or matches(NEVER_BLOCK, name):
+                continue
+            if len(part) == len(blocks) - first:  # a part of each block, as attention in a coder of images
+                beside.remove(here)
+                blocks[first:] = [(f"{here}.{i}", *block) for i, block in enumerate(blocks[first:])]
         blocks[first] = (*pending, *before, *blocks[first])
         pending = after
     if pending and blocks:
@@ -160,7 +175,7 @@ def _inner_sequences(member: nn.Module, path: str, no_split: frozenset[str]) -> 
     if in_parts(member):
         return []
     if isinstance(member, CONTAINERS):
-        return [[(join(path, name), child) for name, child in elements(member)]] if elements(member) else []
+        return [_members(member, path)] if elements(member) else []
     found: list[list[tuple[str, nn.Module]]] = []
     for name, child in member.named_children():
         if not isinstance(child, CONTAINERS) or not matches(STAGE_INNER, name):
@@ -232,6 +247,9 @@ def join_lists(stack: Stack, model: nn.Module, taken: list[str]) -> None:
             continue
         if name.endswith("link_tower") and len(child) == count - 1:  # one between two blocks
             for i, start in enumerate(stack.starts[1:]):
+                stack.blocks[start] = (f"{here}.{i}", *stack.blocks[start])
+        if re.search("downsampl", name) and len(child) < count and not any(p.startswith(here + ".") for p in taken):
+            for i, start in enumerate(stack.starts[-len(child) :]):
                 stack.blocks[start] = (f"{here}.{i}", *stack.blocks[start])
         if name == "upsampler" and count % len(child) == 0:  # a stage of a vocoder has several blocks
             for i, start in enumerate(stack.starts[:: count // len(child)]):

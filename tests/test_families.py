@@ -71,6 +71,34 @@ TABLE = [
         "decoder.model.decoder.embed_tokens.0.weight": "embeddings", "text_encoder.shared.weight": "embeddings"}),
     ("gemma4_unified_assistant", "causal_lm", {"pre_projection.weight": "embeddings",
         "post_projection.weight": "head"}),
+    ("resnet", "base", {"encoder.stages.0.layers.0.shortcut.convolution.weight": "block[0]",
+        "encoder.stages.0.layers.0.layer.2.convolution.weight": "block[0]",
+        "encoder.stages.1.layers.0.layer.0.convolution.weight": "block[2]"}),
+    ("convnext", "base", {"encoder.stages.1.downsampling_layer.0.weight": "block[2]",
+        "encoder.stages.1.downsampling_layer.1.weight": "block[2]"}),
+    ("textnet", "base", {"encoder.stages.1.stage.0.main_conv.weight": "block[3]"}),
+    ("dab-detr", "base", {"backbone.conv_encoder.model.encoder.stages.3.layers.2.layer.0.convolution.weight":
+        "vision.block[15]", "encoder.query_scale.layers.0.weight": "connector",
+        "decoder.query_scale.layers.0.weight": "connector", "decoder.ref_anchor_head.layers.0.weight": "connector",
+        "query_refpoint_embeddings.weight": "embeddings"}),
+    ("mm-grounding-dino", "base", {"decoder.reference_points_head.layers.0.weight": "connector"}),
+    ("diffusion_gemma", "base", {"decoder.self_conditioning.gate_proj.weight": "embeddings",
+        "decoder.self_conditioning.pre_norm.weight": "embeddings"}),
+    ("emu3", "base", {"vqmodel.encoder.down_block.down.3.attn.1.q_proj.weight": "codec.block[10]",
+        "vqmodel.encoder.down_block.down.3.attn_norms.2.weight": "codec.block[11]"}),
+    ("vibevoice_acoustic_tokenizer", "base", {"encoder.stem.conv.conv.weight": "embeddings",
+        "encoder.stem.stage.1.ffn.linear1.weight": "encoder.block[1]",
+        "encoder.conv_layers.0.conv.conv.weight": "encoder.block[2]", "encoder.head.conv.weight": "connector",
+        "decoder.head.conv.weight": "head"}),
+    ("wavtokenizer", "base", {"encoder_model.encoder.layers.0.conv.bias": "encoder.block[0]",
+        "backbone.convnext.1.gamma": "decoder.block[1]"}),
+    ("slanet", "table", {"backbone.post_csp_pan.downsamples.0.pointwise_convolution.convolution.weight":
+        "neck.block[3]"}),
+    ("glpn", "depth", {"decoder.stages.0.convolution.weight": "head"}),
+    ("vitmatte", "matting", {"decoder.fusion_blocks.0.conv.conv.weight": "head"}),
+    ("glm_image", "base", {"vqmodel.quant_conv.weight": "connector"}),
+    ("oneformer", "base", {"task_encoder.task_mlp.layers.0.0.weight": "connector"}),
+    ("xclip", "base", {"prompts_generator.alpha": "head", "prompts_visual_layernorm.weight": "connector"}),
     ("perceiver", "masked", {"perceiver.decoder.output_position_encodings.position_embeddings": "head",
         "perceiver.encoder.cross_attention.mlp.dense1.bias": "embeddings"}),
 ]  # fmt: skip
@@ -106,6 +134,10 @@ ORDER = {
         "tracker.decoder",
     ],
     "vits": ["text", "flow", "decoder"],
+    "qwen2_5_omni multimodal": ["audio", "vision", "text", "talker", "code2wav", "vocoder"],
+    "qwen3_omni_moe multimodal": ["audio", "vision", "text", "talker", "talker.predictor", "code2wav"],
+    "janus": ["codec", "codec.mid", "codec.decoder", "codec.decoder2", "vision", "text"],
+    "oneformer": ["vision.encoder", "vision.decoder", "decoder", "decoder.part"],
 }
 
 
@@ -122,6 +154,26 @@ if not transformers.__version__.startswith("5."):
 def test_loose_parameters(model_type, auto, places):
     home = {name: group.name for group in layer_groups(model_of(model_type, auto)) for name in group.parameter_names}
     assert {name: home[name] for name in places} == places
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        ("CLIPSegForImageSegmentation", "decoder.transposed_convolution.weight"),
+        ("BlipForImageTextRetrieval", "vision_proj.weight"),
+        ("Blip2VisionModelWithProjection", "vision_projection.weight"),
+    ],
+)
+def test_heads_of_classes_outside_the_auto_mappings(name, parameter):
+    model_class = getattr(transformers, name)
+    model = model_zoo.build_class(model_class, model_zoo.shrunken(model_class.config_class, 3))
+    assert parameter in layer_groups(model)[-1].parameter_names
+
+
+@pytest.mark.parametrize(("model_type", "auto"), [("canine", "base"), ("cohere_asr", "base"), ("videomae", "training")])
+def test_what_leads_from_an_encoder_to_a_decoder_stands_between_them(model_type, auto):
+    stacks = list(dict.fromkeys(group.stack for group in layer_groups(model_of(model_type, auto))))
+    assert stacks[2] == "connector" and len(stacks) > 3, stacks
 
 
 @pytest.mark.parametrize("pair", ORDER)
