@@ -19,7 +19,8 @@ ORDER = ["errors", "_spec", "_named", "_arguments", "_phases", "schedule", "arch
          "_agreement", "_reducer", "_sharded", "distributed",
          "_shadow", "_keys", "_store", "_prefix", "_activations", "_exact", "_caching", "cache",
          "criteria", "_probe", "_plateau", "_decisions",
-         "unfreezer", "_history", "_plan", "_watch", "_trainer", "callback", "report", "cli", "__main__"]  # fmt: skip
+         "unfreezer", "_history", "_plan", "_scale", "_watch", "_trainer",
+         "callback", "report", "cli", "__main__"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ORDER)
