@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from ._history import past_transitions
-from ._timeline import group_names, history_of
+from ._timeline import group_names, history_of, trains
 from .errors import UnfreezeError
 
 if TYPE_CHECKING:
@@ -14,48 +14,44 @@ if TYPE_CHECKING:
 
 __all__ = ["heatmap"]
 
-_REASON = re.compile(r"(?P<criterion>\w+): (?P<chosen>.*); next (?P<next>.*)")
-_WORTH = re.compile(r"(\S*block\[\d+\]) (-?[\w.+-]*[\w.])")
-
-
 def heatmap(run: Any) -> Figure:
-    """Draw what an ``auto`` schedule measured: a row per group, a column per opening, a dot on what was chosen.
-
-    The log holds the worth of what was chosen and of the next best; other cells are empty.
+    """Draw what a criterion measured: a row per group, a column per measurement, a dot on what changed then.
 
     Example:
         >>> heatmap(trainer).savefig("criterion.png")
 
     Args:
-        run: A Trainer that has trained, or its ``state.log_history``.
+        run: A Trainer that has trained with ``auto`` or ``freeze_converged``, or its ``state.log_history``.
 
     Raises:
-        UnfreezeError: Nothing was chosen in this run.
+        UnfreezeError: Nothing was measured in this run.
     """
     from matplotlib.figure import Figure
 
     history = history_of(run)
-    told = [(r["step"], _REASON.fullmatch(r.get("unfreeze/reason", ""))) for r in past_transitions(history)]
-    openings = [(step, match) for step, match in told if match]
-    if not openings:
+    measured = [record for record in history if record.get("unfreeze/worth")]
+    if not measured:
         raise UnfreezeError(
             "this log_history has no choice of a criterion. Train with a schedule such as "
             "'auto(validation_gradient, every=10%)'."
         )
-    worth = [dict(_WORTH.findall(f"{match['chosen']}, {match['next']}")) for _, match in openings]
-    chosen = [[name for name, _ in _WORTH.findall(match["chosen"])] for _, match in openings]
-    known = group_names(history) or sorted({name for column in worth for name in column})
-    names = [name for name in known if "block[" in name]
-    cells = [[float(column.get(name, "nan")) for column in worth] for name in names]
+    known = group_names(history) or sorted({name for record in measured for name in record["unfreeze/worth"]})
+    names = [name for name in known if any(name in record["unfreeze/worth"] for record in measured)]
+    cells = [[record["unfreeze/worth"].get(name, float("nan")) for record in measured] for name in names]
+    past = [(record["step"], record["unfreeze/trainable"]) for record in past_transitions(history)]
+    changed = {
+        step: [name for name in names if trains(old, name) != trains(new, name)]
+        for (_, old), (step, new) in pairwise([(0, ""), *past])
+    }
 
-    figure = Figure(figsize=(2.5 + 0.7 * len(openings), 1.4 + 0.28 * len(names)), layout="constrained")
+    figure = Figure(figsize=(2.5 + 0.7 * len(measured), 1.4 + 0.28 * len(names)), layout="constrained")
     axes = figure.subplots()
     mesh = axes.pcolormesh(cells, cmap="viridis", edgecolors="white", linewidth=1.5)
-    dots = [(column + 0.5, names.index(name) + 0.5) for column, those in enumerate(chosen) for name in those]
-    across, up = zip(*dots, strict=True)
-    axes.scatter(across, up, s=40, color="white", edgecolor="black")
+    steps = [record["step"] for record in measured]
+    dots = [(column, names.index(name)) for column, step in enumerate(steps) for name in changed.get(step, ())]
+    axes.scatter([x + 0.5 for x, _ in dots], [y + 0.5 for _, y in dots], s=40, color="white", edgecolor="black")
     axes.set_yticks([row + 0.5 for row in range(len(names))], names)
-    axes.set_xticks([column + 0.5 for column in range(len(openings))], [str(step) for step, _ in openings])
-    axes.set(xlabel="opened at step", title=f"{openings[0][1]['criterion']} (dot: chosen)")
+    axes.set_xticks([column + 0.5 for column in range(len(measured))], [str(step) for step in steps])
+    axes.set(xlabel="measured at step", title=f"{measured[0]['unfreeze/criterion']} (dot: opened or frozen then)")
     figure.colorbar(mesh, ax=axes, label="worth", pad=0.02)
     return figure

@@ -15,7 +15,7 @@ from .schedule import Phase, spec_of
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["PlanRow", "model_card_section", "plan_rows", "plan_table", "state_copies"]
+__all__ = ["SHOWN", "PlanRow", "model_card_section", "plan_rows", "plan_table", "state_copies"]
 
 # Copies of a parameter that an optimizer keeps as state. Adafactor keeps one row and one column instead: nearly none.
 _STATE_COPIES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "RMSprop": 1, "Adagrad": 1, "Lion": 1, "Adafactor": 0}
@@ -24,7 +24,7 @@ _CAPTIONS = {
     "auto": "as if from the top: a criterion decides which blocks",
     "freeze_converged": "data: a criterion decides when, and may pass phases over",
 }
-_SHOWN = 50  # phases in a table for people: a schedule that rotates has thousands
+SHOWN = 50  # phases in a table for people: a schedule that rotates has thousands
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def plan_table(rows: Sequence[PlanRow], title: str) -> Table:
     table.add_column("trainable", overflow="fold")
     for column in ("parameters", "share", "gradients", "optimizer"):
         table.add_column(column, justify="right")
-    for row in rows[:_SHOWN]:
+    for row in rows[:SHOWN]:
         table.add_row(
             str(row.phase),
             "data" if row.start_step is None else str(row.start_step),
@@ -104,7 +104,7 @@ def plan_table(rows: Sequence[PlanRow], title: str) -> Table:
             _megabytes(row.gradient_bytes),
             "?" if row.optimizer_bytes is None else _megabytes(row.optimizer_bytes),
         )
-    if len(rows) > _SHOWN:
+    if len(rows) > SHOWN:
         table.caption = _more(rows)
     else:
         table.caption = _CAPTIONS.get(title.partition("(")[0])
@@ -112,7 +112,7 @@ def plan_table(rows: Sequence[PlanRow], title: str) -> Table:
 
 
 def _more(rows: Sequence[Any]) -> str:
-    return f"and {len(rows) - _SHOWN:,} more phases"
+    return f"and {len(rows) - SHOWN:,} more phases"
 
 
 def model_card_section(schedule: str, log_history: Sequence[dict[str, Any]]) -> str:
@@ -126,12 +126,12 @@ def model_card_section(schedule: str, log_history: Sequence[dict[str, Any]]) -> 
         "|---|---|---|---|---|",
     ]
     records = past_transitions(log_history)
-    for record in records[:_SHOWN]:
+    for record in records[:SHOWN]:
         lines.append(
             f"| {record['unfreeze/phase']} | {record['step']} | {record.get('epoch') or 0:.2f} "
             f"| {record['unfreeze/trainable']} | {record.get('unfreeze/trainable_params', 0):,} |"
         )
-    if len(records) > _SHOWN:
+    if len(records) > SHOWN:
         lines += ["", f"({_more(records)})"]
     return "\n".join(lines) + "\n"
 

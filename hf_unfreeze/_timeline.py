@@ -19,7 +19,7 @@ from .groups import layer_groups
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["group_names", "history_of", "timeline"]
+__all__ = ["group_names", "history_of", "timeline", "trains"]
 
 _METRICS = ("accuracy", "f1", "wer", "loss")
 _COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182")
@@ -121,7 +121,7 @@ def _draw_rates(axes: Any, names: Sequence[str], history: Records) -> Any:
     return mesh
 
 
-def _trains(spec: str, name: str) -> bool:
+def trains(spec: str, name: str) -> bool:
     """Tell whether a record's selectors hold a group: they are ``all``, names of groups, and blocks by their index."""
     group, _, number = name.rstrip("]").partition("[")
     for part in spec.split(", "):
@@ -142,7 +142,7 @@ def _rates(name: str, edges: Sequence[int], history: Records) -> list[float]:
     logs = [record for record in history if f"lr/{name}" in record]
     steps = [record["step"] for record in logs]
     own = [(record["step"], float(record[f"lr/{name}"])) for record in logs if record[f"lr/{name}"] > 0]
-    opened = [(r["step"], _trains(r["unfreeze/trainable"], name)) for r in past_transitions(history)]
+    opened = [(r["step"], trains(r["unfreeze/trainable"], name)) for r in past_transitions(history)]
     starts = [step for step, _ in opened]
     rates = []
     for start, end in pairwise(edges):

@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--epochs", type=float, help="epochs of the run")
     plan.add_argument("--steps-per-epoch", type=int, help="optimizer updates in one epoch")
     plan.add_argument("--max-steps", type=int, help="optimizer updates of the whole run, instead of --epochs")
+    plan.add_argument("--world-size", type=int, help="ranks: adds what each sends and holds (hf_unfreeze/SCALE.md)")
+    plan.add_argument("--bandwidth", help="what a rank can send, with its unit: 100GB/s, 400Gbit/s")
+    plan.add_argument("--sharded", action="store_true", help="the ranks run FSDP2, not DDP")
     plan.set_defaults(command=_plan)
     groups = commands.add_parser("groups", help="layer groups of a model, top → bottom")
     groups.add_argument("--explain", action="store_true", help="why each parameter outside the blocks is where it is")
@@ -90,11 +93,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    from rich.console import Group
+
     from ._plan import plan_rows, plan_table
+    from ._scale import parse_bandwidth, scale_rows, scale_table
     from .groups import layer_groups
     from .schedule import parse_schedule
 
     total = _length(arguments)
+    bandwidth = parse_bandwidth(arguments.bandwidth) if arguments.bandwidth else None
+    if arguments.world_size is None and (bandwidth or arguments.sharded):
+        raise UnfreezeError("--bandwidth and --sharded are about several ranks. Give --world-size too.")
     schedule = parse_schedule(arguments.schedule)
     model = _meta_model(arguments.model, arguments.head)
     groups = layer_groups(model)
@@ -103,12 +112,21 @@ def _plan(arguments: argparse.Namespace) -> None:
     rows = plan_rows(model, groups, reached, arguments.steps_per_epoch, decided=schedule.decided(groups))
     late = len(phases) - len(reached)
     title = f"{schedule} on {type(model).__name__}, {total} steps" + (f"; {late} phases not reached" if late else "")
-    _show(arguments, [dataclasses.asdict(row) for row in rows], lambda: plan_table(rows, title.replace("[", r"\[")))
+    shown = [dataclasses.asdict(row) for row in rows]
+    tables = [plan_table(rows, title.replace("[", r"\["))]
+    if arguments.world_size:
+        sets = [*(phase.trainable for phase in reached), *schedule.decided(groups)]
+        scale = scale_rows(model, groups, sets, arguments.world_size, bandwidth, arguments.sharded)
+        shown = [{**row, **dataclasses.asdict(more)} for row, more in zip(shown, scale, strict=True)]
+        kind = "FSDP2" if arguments.sharded else "DDP"
+        at = f" at {arguments.bandwidth}" if bandwidth else ""
+        tables.append(scale_table(scale, f"Each of {arguments.world_size} ranks, {kind}{at}: MB, and ms of sending"))
+    _show(arguments, shown, lambda: Group(*tables))
 
 
 def _length(arguments: argparse.Namespace) -> int:
     """Return the optimizer updates of the run that the arguments describe."""
-    for name in ("epochs", "steps_per_epoch", "max_steps"):
+    for name in ("epochs", "steps_per_epoch", "max_steps", "world_size"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < math.inf:
             raise UnfreezeError(f"--{name.replace('_', '-')} {value}: write a number above 0.")

@@ -16,7 +16,11 @@ LAUNCHED = Path(__file__).parent / "launched"
 LAUNCH_FILES = Path(__file__).parent.parent / "recipes" / "launch"
 sys.path.insert(0, str(LAUNCHED))
 
+import shared  # noqa: E402
 import trainer_runs  # noqa: E402
+
+from hf_unfreeze import layer_groups, parse_schedule  # noqa: E402
+from hf_unfreeze._scale import scale_rows  # noqa: E402
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # `accelerate launch` without the other commands of accelerate: one of them imports timm, where that is installed
@@ -70,6 +74,22 @@ def test_two_ranks_equal_one_process_and_send_what_trains(ddp, scenario):
     assert result["sent"] == result["trainable"] == SENT
     assert result["restored"], "after close() DDP reduces everything again"
     assert bool(result["bucket_view"]) is scenario.endswith("bucket_view")
+
+
+def rows_on_paper(schedule: str, **options) -> dict:
+    """What `hf-unfreeze plan --world-size 2` says of the launched model, by the last step of each phase."""
+    model = shared.fp64_bert()
+    groups = layer_groups(model)
+    phases = parse_schedule(schedule).phases(groups)
+    last = [phase.start - 1 for phase in phases[1:]] + [shared.STEPS - 1]
+    rows = scale_rows(model, groups, [phase.trainable for phase in phases], 2, **options)
+    return dict(zip(last, rows, strict=True))
+
+
+def test_the_bytes_on_paper_are_those_that_two_ranks_reduced(ddp):
+    for step, row in rows_on_paper(shared.SCHEDULE).items():
+        assert row.reduced_bytes == ddp["plain"]["sent"][step]
+        assert row.rank_gradient_bytes == ddp["plain"]["trainable"][step]
 
 
 @pytest.mark.parametrize("scenario", LOSSY)
@@ -229,6 +249,15 @@ def test_fsdp2_equals_one_process_and_reduces_what_trains(fsdp, scenario):
     assert low <= result["distance"] < high
     assert result["sent"] == result["trainable"] and len(set(result["sent"])) == 5
     assert result["restored"]
+
+
+def test_the_bytes_on_paper_are_those_that_fsdp2_gathered_and_reduced(fsdp):
+    rows = rows_on_paper(fsdp["plain"]["schedule"], sharded=True)
+    assert len(rows) == 5
+    for step, row in rows.items():
+        assert row.reduced_bytes == fsdp["plain"]["sent"][step]
+        assert row.gathered_bytes == fsdp["plain"]["gathered"][step]
+        assert row.rank_weight_bytes == fsdp["plain"]["held"]
 
 
 @pytest.mark.parametrize("scenario", ["sharded_state", "full_state"])

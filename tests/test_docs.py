@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import doctest
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import pytest
 import hf_unfreeze
 from hf_unfreeze import UnfreezeArguments, UnfreezeCallback, architectures, criteria, errors, parse_schedule
 from hf_unfreeze._named import NAMED
+from hf_unfreeze.cli import main
 
 PACKAGE = Path(hf_unfreeze.__file__).parent
 ROOT = PACKAGE.parent
-PAGES = {name: (PACKAGE / f"{name}.md").read_text() for name in ("GUIDE", "SCHEDULES", "ERRORS")}
+PAGES = {name: (PACKAGE / f"{name}.md").read_text() for name in ("GUIDE", "SCHEDULES", "SCALE", "ERRORS")}
 CODE = re.compile(r"`([^`]+)`")
 
 
@@ -33,8 +35,8 @@ def cells(page: str, column: str) -> list[dict[str, str]]:
     return [row for table in tables(page) for row in table if column in row]
 
 
-@pytest.mark.parametrize("page", ["GUIDE", "SCHEDULES"])
-def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", ["GUIDE", "SCHEDULES", "SCALE"])
+def test_the_python_and_the_commands_of_a_page_run_and_print_what_it_says(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
     monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
@@ -44,6 +46,13 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page, tmp_path, monke
     said: list[str] = []
     doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(examples, out=said.append)
     assert not said, "".join(said)
+    commands = [block.split("\n", 1) for block in re.findall(r"^\$ (.*?)(?=^(?:\$ |```))", PAGES[page], re.M | re.S)]
+    for command, expected in commands:
+        capsys.readouterr()
+        assert main(shlex.split(command)[1:]) == 0
+        printed, flags = capsys.readouterr().out, doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        assert doctest.OutputChecker().check_output(expected, printed, flags), printed
+    assert len(commands) == (3 if page == "SCALE" else 0)
 
 
 @pytest.mark.parametrize("page", ["GUIDE", "SCHEDULES"])

@@ -55,6 +55,30 @@ def test_plan(folder, capsys):
     assert "not reached" in " ".join(capsys.readouterr().out.split())
 
 
+def test_plan_on_many_ranks(folder, capsys):
+    command = ["plan", folder, "--schedule", "head@0, block[0]@1step, all@2step", "--max-steps", "3", "--json"]
+    assert main([*command, "--world-size", "64", "--bandwidth", "8Mbit/s"]) == 0
+    head, bottom, whole = json.loads(capsys.readouterr().out)
+    for row in (head, bottom, whole):
+        assert row["reduced_bytes"] == row["rank_gradient_bytes"] == row["gradient_bytes"]
+        assert row["sent_bytes"] == pytest.approx(2 * 63 / 64 * row["gradient_bytes"], abs=1)
+        assert row["sent_seconds"] == row["sent_bytes"] / 1e6
+        assert row["rank_weight_bytes"] == whole["gradient_bytes"]
+        assert row["rank_optimizer_bytes"] == row["optimizer_bytes"]
+    # forward and all of the backward, but gradients of the weights of one block in twelve
+    assert bottom["compute_share"] == pytest.approx((2 + 1 / 12) / 3, abs=0.01) and whole["compute_share"] == 1
+
+    assert main([*command, "--world-size", "8", "--sharded"]) == 0
+    head, bottom, whole = json.loads(capsys.readouterr().out)
+    assert whole["rank_optimizer_bytes"] == 2 * whole["rank_weight_bytes"] == 2 * whole["rank_gradient_bytes"]
+    assert whole["gradient_bytes"] / 8 <= whole["rank_weight_bytes"] < 1.01 * whole["gradient_bytes"] / 8
+    assert head["gathered_bytes"] < bottom["gathered_bytes"] == whole["gathered_bytes"]
+    assert whole["sent_bytes"] == 7 / 8 * (whole["gathered_bytes"] + whole["reduced_bytes"])
+    assert whole["sent_seconds"] is None
+    assert main([*command[:-1], "--world-size", "8", "--sharded"]) == 0
+    assert "Each of 8 ranks, FSDP2: MB" in capsys.readouterr().out
+
+
 def test_groups_and_architectures(folder, capsys):
     assert main(["groups", folder, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -91,6 +115,10 @@ def test_the_page_of_architectures_and_that_others_are_detected(capsys):
         (["--epochs", "3"], "Give --epochs with --steps-per-epoch, or --max-steps"),
         (["--max-steps", "0"], "--max-steps 0: write a number above 0"),
         (["--epochs", "-1", "--steps-per-epoch", "5"], "--epochs -1.0: write a number above 0"),
+        (["--max-steps", "9", "--world-size", "-2"], "--world-size -2: write a number above 0"),
+        (["--max-steps", "9", "--world-size", "2", "--bandwidth", "100Gb/s"], "Units are kB/s, MB/s, GB/s"),
+        (["--max-steps", "9", "--world-size", "2", "--bandwidth", "0GB/s"], "write a number above 0 and a unit"),
+        (["--max-steps", "9", "--sharded"], "Give --world-size too"),
         (["--epochs", "nan", "--steps-per-epoch", "5"], "--epochs nan: write a number above 0"),
     ],
 )

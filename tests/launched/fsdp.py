@@ -64,7 +64,9 @@ def one_process() -> torch.nn.Module:
     return model
 
 
-REDUCE = next(n for n in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, n))  # torch 2.13, before
+# of torch 2.13, and of releases before
+REDUCE = next(n for n in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, n))
+GATHER = next(n for n in ("all_gather_single", "all_gather_into_tensor") if hasattr(dist, n))
 
 
 def padded_bytes(model: torch.nn.Module) -> int:
@@ -74,18 +76,19 @@ def padded_bytes(model: torch.nn.Module) -> int:
 
 
 @contextlib.contextmanager
-def counted_reduction(sent: list[int]):
-    original = getattr(dist, REDUCE)
+def counted(collective: str, sizes: list[int]):
+    """Note the bytes of the whole: the larger one of the two tensors."""
+    original = getattr(dist, collective)
 
     def counted(*args, **kwargs):
-        sent.append((kwargs["input"] if "input" in kwargs else args[1]).nbytes)
+        sizes.append(max(a.nbytes for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)))
         return original(*args, **kwargs)
 
-    setattr(dist, REDUCE, counted)
+    setattr(dist, collective, counted)
     try:
         yield
     finally:
-        setattr(dist, REDUCE, original)
+        setattr(dist, collective, original)
 
 
 def against_one(evaluate: bool = False, **options) -> dict:
@@ -93,12 +96,13 @@ def against_one(evaluate: bool = False, **options) -> dict:
     model = sharded(**options)
     optimizer = adamw(model)
     unfreezer = Unfreezer(model, optimizer, SCHEDULE, layer_decay=0.9)
-    sent: list[int] = []
-    steps, trainable = [], []
+    sent, received = [], []
+    steps, gathered, trainable = [], [], []
 
     def after(step: int) -> None:
-        steps.append(sum(sent))
-        sent.clear()
+        for sizes, of_steps in ((sent, steps), (received, gathered)):
+            of_steps.append(sum(sizes))
+            sizes.clear()
         trainable.append(padded_bytes(model))
         if evaluate:  # the root keeps whole parameters afterwards
             model.eval()
@@ -106,11 +110,13 @@ def against_one(evaluate: bool = False, **options) -> dict:
                 model(**batch(step, rank=rank))
             model.train()
 
-    with counted_reduction(sent):
+    with counted(REDUCE, sent), counted(GATHER, received):
         train(model, unfreezer, optimizer, rank, after=after)
     state = len(optimizer.state)
     unfreezer.close()
+    held = sum(parameter.to_local().nbytes for parameter in model.parameters())
     return {"distance": apart(model, one_process()), "sent": steps, "trainable": trainable, "state": state,
+            "schedule": SCHEDULE, "gathered": gathered, "held": max(everywhere(held)),
             "restored": all(p.requires_grad for p in model.parameters())}  # fmt: skip
 
 
