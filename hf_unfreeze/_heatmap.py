@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["heatmap"]
 
+
 def heatmap(run: Any) -> Figure:
     """Draw what a criterion measured: a row per group, a column per measurement, a dot on what changed then.
 

@@ -148,11 +148,11 @@ def _rates(name: str, edges: Sequence[int], history: Records) -> list[float]:
     for start, end in pairwise(edges):
         record = logs[min(bisect_left(steps, end), len(logs) - 1)]
         rate = float(record[f"lr/{name}"])
-        trains = opened[bisect_right(starts, start) - 1][1] if opened else rate > 0
-        if trains and rate <= 0:
+        trained = opened[bisect_right(starts, start) - 1][1] if opened else rate > 0
+        if trained and rate <= 0:
             near = min(own, key=lambda pair: abs(pair[0] - end), default=(0, 0.0))
             rate = near[1] or max(value for key, value in record.items() if key.startswith("lr/"))
-        rates.append(rate if trains else 0.0)
+        rates.append(rate if trained else 0.0)
     return rates
 
 
