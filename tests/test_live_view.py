@@ -45,6 +45,7 @@ def test_a_terminal_shows_phase_share_next_and_cache(shown):
     assert "▮▮▮▮▮▮ phase 2: all (100.0%), cache" in text
 
 
+@pytest.mark.filterwarnings("ignore:.* measures on .* batches at each choice:UserWarning")
 def test_what_the_data_decides_has_no_time(shown):
     assert "next when the data says" in shown("plateau(eval_loss)", max_steps=2, eval_strategy="epoch")
     assert re.search("phase 0: .*, next at 4", shown("auto(spectrum_snr, every=4step)", max_steps=6))
