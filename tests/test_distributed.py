@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import warnings
@@ -34,6 +36,7 @@ EXACT = ["plain", "finds_unused", "static_graph", "bucket_view", "small_buckets"
 LOSSY = ["fp16_hook", "bf16_hook", "powersgd_hook"]
 
 pytestmark = pytest.mark.slow
+resumes = pytest.mark.skipif(not trainer_runs.RESUMES, reason="transformers 4 resumes on no two CPU processes")
 
 
 def launch(launcher: list[str], script: Path | str, *arguments: str, timeout: int = 240) -> subprocess.CompletedProcess:
@@ -215,24 +218,28 @@ def test_the_trainer_on_two_ranks_equals_one_process(trainer, name):
     assert distance(folder, name, f"{name}-one") < 1e-12
 
 
+@resumes
 @pytest.mark.parametrize("name", ["plain_resumed", "accumulated_resumed"])
-def test_a_resumed_two_rank_run_ends_in_the_same_bits(trainer, name):
+def test_a_two_rank_run_resumed_at_any_step_ends_in_the_same_bits(trainer, name):
     assert trainer[0][name]["different"] == []
 
 
+@resumes
 def test_a_checkpoint_of_one_process_goes_on_with_two(trainer):
     results, folder = trainer
     assert results["from_one"]["equal"]
     assert distance(folder, "from_one", "plain-one") < 1e-12
 
 
-def test_a_checkpoint_of_two_processes_goes_on_with_one(trainer):
-    folder = trainer[1]
-    one = trainer_runs.make(folder / "from_two")
-    one.train(resume_from_checkpoint=str(folder / "plain" / "checkpoint-8"))
-    torch.save(one.model.state_dict(), folder / "from_two.pt")
-    assert distance(folder, "from_two", "plain-one") < 1e-12
-    assert distance(folder, "from_two", "plain") < 1e-12
+@resumes
+def test_a_run_goes_from_one_process_to_two_and_back_through_the_same_phases(trainer):
+    results, folder = trainer
+    one = trainer_runs.make(folder / "and_back")
+    one.train(resume_from_checkpoint=str(folder / "from_one" / "checkpoint-16"))
+    torch.save(one.model.state_dict(), folder / "and_back.pt")
+    assert distance(folder, "and_back", "plain-one") < 1e-12
+    phases = [(r["step"], r["unfreeze/trainable"]) for r in one.state.log_history if "unfreeze/phase" in r]
+    assert [list(phase) for phase in phases] == results["plain"]["phases"]
 
 
 @pytest.fixture(scope="module")
@@ -272,11 +279,55 @@ def test_fsdp1_is_refused_with_the_cure(fsdp):
     )
 
 
-def test_a_killed_rank_ends_the_other_and_the_next_launch_ends_in_the_same_weights(tmp_path):
-    killed = launch(TORCHRUN, LAUNCHED / "killed.py", str(tmp_path / "killed"))
-    assert killed.returncode and "Signal 9 (SIGKILL)" in killed.stderr
-    (result, _) = children("killed", tmp_path)
-    assert result["restarted"] == {"from": "checkpoint-4", "equal": True, "phases": [0, 3, 7, 13, 15]}
+@pytest.fixture(scope="module")
+def accelerated(tmp_path_factory) -> dict:
+    return children("fsdp_accelerate", tmp_path_factory.mktemp("accelerated"))[0]
+
+
+@resumes
+@pytest.mark.parametrize("scenario", ["in_a_loop", "in_the_trainer"])
+def test_fsdp2_of_accelerate_shards_resumes_to_the_same_bits_and_equals_ddp(accelerated, scenario):
+    result = accelerated[scenario]
+    assert result["units"] > 4, "each block and the root"
+    assert result["different"] == [[], []]
+    assert result["by_itself"] == "DistributedDataParallel", "accelerate shards on CPUs now: as_of_gpus() can go"
+    assert result["distance"] < 1e-12
+    assert scenario == "in_a_loop" or len(result["phases"]) == 5
+
+
+def two_processes(script: Path, output: Path) -> list[subprocess.Popen]:
+    """The two ranks without a launcher, which would end the one when the other dies."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    place = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(script), str(output)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+
+
+@resumes
+def test_a_killed_rank_ends_the_other_and_restarts_end_in_the_same_weights(tmp_path):
+    script, output = LAUNCHED / "killed.py", tmp_path / "killed"
+    survivor, killed = two_processes(script, output)
+    assert killed.wait(240) == -signal.SIGKILL
+    assert survivor.wait(120) > 0, "an error, long before the process group's timeout"
+    assert "by peer" in json.loads((tmp_path / "killed.0.json").read_text())["restarted"]["error"]
+
+    assert [path.name for path in output.iterdir()] == ["checkpoint-4"]
+    # from there, and killed again, which restarts both ranks from checkpoint-8
+    done = launch([*TORCHRUN, "--max-restarts", "1"], script, str(output))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        result = json.loads((tmp_path / f"killed.{rank}.json").read_text())
+        assert result == {
+            "world_size": 2,
+            "restarted": {"from": "checkpoint-8", "equal": True, "phases": [0, 3, 7, 13, 15]},
+        }
     one = trainer_runs.make(tmp_path / "one")
     one.train()
     torch.save(one.model.state_dict(), tmp_path / "one.pt")

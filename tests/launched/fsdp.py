@@ -1,4 +1,4 @@
-"""FSDP2 by torch's own fully_shard over gloo (Accelerate's FSDP on a CPU silently is DDP), and FSDP1."""
+"""FSDP2 by torch's own fully_shard over gloo; Accelerate's is in fsdp_accelerate.py; and FSDP1."""
 
 from __future__ import annotations
 

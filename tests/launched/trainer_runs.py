@@ -8,11 +8,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import transformers
 from conftest import tiny_bert, tiny_data
+from packaging import version
 from transformers import Trainer, TrainingArguments
 
 from hf_unfreeze import UnfreezeCallback
 
+# transformers 4 loads optimizer.pt to the device cpu:0, which torch does not know, with any callback and without
+RESUMES = version.parse(transformers.__version__).major > 4
 SCHEDULE = "head@0, block[-1]@3step, block[-2:]@1ep, all@60%, -block[0]@15step"
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
