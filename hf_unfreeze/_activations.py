@@ -10,13 +10,14 @@ from typing import Any, Protocol
 
 import torch
 
-from ._keys import Batch, fingerprint, read_batch, take
+from ._keys import Batch, by_length, fingerprint, read_batch, take
 from ._prefix import Prefix, Reached, Run
 from ._store import Store
 from .errors import UnfreezeError
 
 __all__ = ["Activations", "Stats", "blank"]
 
+PARTS = 4  # of like length, into which missing examples are divided: padding is computed for nothing
 CHECK_EVERY = 1000  # found examples, of which one is computed again
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest activation, else 5e-2: another batch shape
 
@@ -88,14 +89,15 @@ class Activations:
         if not missing:
             return self._assembled(batch, found)
         computed = self._compute(boundary, batch, missing, forward)
-        if not found and len(computed) == 1:
-            return computed[0][1]
         first = computed[0][1]
-        result = first.new_zeros((batch.size, *first.shape[1:]))
+        tokens = batch.tokens if batch.padded else first.shape[1]
+        if len(first) == batch.size and first.shape[1] == tokens:  # all missing, in one part: in their order
+            return first
+        result = first.new_zeros((batch.size, tokens, *first.shape[2:]))
         if found:
             result[places] = self._assembled(batch, found)
         for members, hidden in computed:
-            result[members] = hidden
+            result[members, : hidden.shape[1]] = hidden
         return result
 
     def keep(self, batch: Batch, members: Sequence[int], captured: dict[int, torch.Tensor]) -> None:
@@ -120,13 +122,16 @@ class Activations:
             members = [index for index, row in zip(missing, rows, strict=True) if row is not None or not start]
             if not members:
                 continue
+            found = dict(zip(missing, rows, strict=True))
             missing = [index for index in missing if index not in members]
-            run = Run(start, stop=boundary, capture=self.between(start, boundary))
-            if start:
-                run.activation = self._assembled(batch, [row for row in rows if row is not None])
-            self._run_to_stop(run, forward, take(batch, members))
-            self.keep(batch, members, run.captured)
-            computed.append((members, blank(batch, members, run.captured[boundary])))
+            for part, tokens in by_length(batch, members, PARTS):
+                run = Run(start, stop=boundary, capture=self.between(start, boundary))
+                if start:
+                    held = [row for row in map(found.get, part) if row is not None]
+                    run.activation = self._assembled(batch, held, tokens)
+                self._run_to_stop(run, forward, take(batch, part, tokens))
+                self.keep(batch, part, run.captured)
+                computed.append((part, blank(batch, part, run.captured[boundary])))
             if not missing:
                 break
         return computed
@@ -143,10 +148,10 @@ class Activations:
         salt = self._fingerprint(boundary, batch.salt)
         return self.store.get([salt + batch.keys[member] for member in members])
 
-    def _assembled(self, batch: Batch, rows: list[torch.Tensor]) -> torch.Tensor:
-        """Put stored rows into one tensor on the device of the model."""
+    def _assembled(self, batch: Batch, rows: list[torch.Tensor], tokens: int = 0) -> torch.Tensor:
+        """Put stored rows into one tensor on the device of the model, as long as the batch or as ``tokens``."""
         device = self.prefix.device
-        tokens = batch.tokens if batch.padded else rows[0].shape[0]
+        tokens = tokens or (batch.tokens if batch.padded else rows[0].shape[0])
         shape = (len(rows), tokens, *rows[0].shape[1:])
         there = torch.zeros(shape, dtype=self._computed_in, pin_memory=device.type == "cuda")
         for place, row in zip(there, rows, strict=True):
@@ -191,7 +196,7 @@ def blank(batch: Batch, members: Sequence[int], hidden: torch.Tensor) -> torch.T
     if not batch.padded:
         return hidden
     lengths = torch.tensor([batch.lengths[member] for member in members], device=hidden.device)
-    padding = torch.arange(batch.tokens, device=hidden.device) >= lengths[:, None]
+    padding = torch.arange(hidden.shape[1], device=hidden.device) >= lengths[:, None]
     return hidden.masked_fill(padding.reshape(*padding.shape, *[1] * (hidden.dim() - 2)), 0.0)
 
 

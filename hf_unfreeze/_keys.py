@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["PAST", "Batch", "Unkeyed", "fingerprint", "read_batch", "take"]
+__all__ = ["PAST", "Batch", "Unkeyed", "by_length", "fingerprint", "read_batch", "take"]
 
 # Arguments that do not change what the prefix computes. What asks for more outputs is told apart before.
 IGNORED = frozenset({"labels", "num_items_in_batch", "return_dict", "return_loss", "use_cache"})
@@ -116,14 +116,38 @@ def _device_keys(parts: Sequence[_Part], lengths: torch.Tensor, kept: torch.Tens
     return [row[:2].tobytes() for row in table], table[:, 2].tolist()
 
 
-def take(batch: Batch, rows: list[int]) -> dict[str, Any]:
-    """Return the arguments for some examples of a batch."""
-    if len(rows) == batch.size:
-        return batch.inputs
-    return {
-        name: value[rows] if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch.size else value
-        for name, value in batch.inputs.items()
-    }
+def take(batch: Batch, rows: list[int], tokens: int = 0) -> dict[str, Any]:
+    """Return the arguments for some examples of a batch, cut to their first ``tokens`` where that is not 0."""
+    taken = batch.inputs
+    if len(rows) < batch.size:
+        taken = {
+            name: value[rows] if _is_table(value) and value.shape[0] == batch.size else value
+            for name, value in taken.items()
+        }
+    if tokens:
+        taken = {name: value[:, :tokens] if name in ALONG_TOKENS and _is_table(value) else value
+                 for name, value in taken.items()}  # fmt: skip
+    return taken
+
+
+def by_length(batch: Batch, rows: Sequence[int], parts: int) -> list[tuple[list[int], int]]:
+    """Divide examples into so many parts of like length, each with the tokens that it needs.
+
+    A batch whose arguments are not all along the tokens, so that they could not be cut, stays in one part: (rows, 0).
+    """
+    tables = {name: value for name, value in batch.inputs.items() if _is_table(value) and name not in IGNORED}
+    if not batch.padded or any(
+        name not in ALONG_TOKENS or value.shape[1] != batch.tokens for name, value in tables.items()
+    ):
+        return [(list(rows), 0)]
+    ordered = sorted(rows, key=lambda row: batch.lengths[row])
+    size = -(-len(ordered) // parts)
+    pieces = [ordered[first : first + size] for first in range(0, len(ordered), size)]
+    return [(piece, batch.lengths[piece[-1]]) for piece in pieces]
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 1
 
 
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:
