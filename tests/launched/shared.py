@@ -21,6 +21,7 @@ warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)  # torch 2.1
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft 0.21
 warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)  # the name that both versions know
 warnings.filterwarnings("ignore", "'pin_memory' argument is set as true", UserWarning)  # Trainer's default
+warnings.filterwarnings("ignore", ".* measures on .* batches at each choice", UserWarning)  # a short run
 warnings.filterwarnings("ignore", "2 processes, and no DDP", UserWarning)  # the runs to compare with are on one rank
 
 from conftest import hashes, tiny_bert  # noqa: E402
