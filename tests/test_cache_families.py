@@ -82,8 +82,9 @@ def test_families(make_trainer, name):
 
     data = {"data": family_data(name), "collator": family_batch(name)}
     plain, cached, cache = both(make_trainer, schedule, model=model, **data, **SGD)
+    bound = 1e-7 if name == "t5" else 1e-10  # T5 rounds to fp32 in its norms and in attention, whatever its dtype
     for (name_of, one), other in zip(plain.model.named_parameters(), cached.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10, msg=name_of)
+        torch.testing.assert_close(one, other, rtol=0, atol=bound, msg=name_of)
     again = 12 if name == "whisper" else 0  # the encoder block that trained in epoch 1 has new weights
     assert (cache.stats.hits, cache.stats.misses) == (24 - again, 12 + again)
     assert cache.active.off == ""
