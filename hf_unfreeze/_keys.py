@@ -121,7 +121,7 @@ def take(batch: Batch, rows: list[int], tokens: int = 0) -> dict[str, Any]:
     taken = batch.inputs
     if len(rows) < batch.size:
         taken = {
-            name: value[rows] if _is_table(value) and value.shape[0] == batch.size else value
+            name: value[rows] if isinstance(value, torch.Tensor) and value.shape[:1] == (batch.size,) else value
             for name, value in taken.items()
         }
     if tokens:

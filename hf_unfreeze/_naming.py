@@ -43,7 +43,7 @@ def arrange(stacks: Iterable[str], parallel: bool) -> Tiers:
         part = RANKS.get(inner.rstrip("0123456789"), 0) if inner else 0
         tiers.setdefault((rank, part, alone), []).append(name)
     result = [tuple(names) for _, names in sorted(tiers.items())]
-    if result[0] == ("connector",) and len(result) > 2:  # no tower below: it leads from an encoder to a decoder
+    if result[:1] == [("connector",)] and len(result) > 2:  # no tower below: it leads from an encoder to a decoder
         result[:2] = reversed(result[:2])
     return tuple(result)
 

@@ -88,7 +88,7 @@ def history_of(run: Any) -> Records:
 def group_names(history: Records) -> list[str]:
     """Return the groups that have a learning rate in a history, bottom → top."""
     names = list(dict.fromkeys(key[3:] for record in history for key in record if key.startswith("lr/")))
-    if not names or names != sorted(names):
+    if names != sorted(names):
         return names  # as they were logged
     stacks = dict.fromkeys(_place(name)[1] for name in names)  # a saved history has its keys sorted as text
     order = [stack for tier in arrange(stacks, parallel=False) for stack in tier]

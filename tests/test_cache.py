@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_unfreeze import FrozenPrefixCache, UnfreezeCallback, Unfreezer
+from hf_unfreeze._keys import read_batch, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")
 DOWN = "head@0, block[-1]@1ep, block[-2:]@2ep"
@@ -158,6 +159,12 @@ def test_padding_is_left_out_where_the_frozen_blocks_run():
         assert sum(own) <= run < padded
     assert computed[0] == whole[0]  # the first forward is checked at its own shape
     assert (computed[3], computed[4]) == (lengths[2][0], 0)
+
+
+def test_what_is_one_number_for_an_example_goes_with_it():
+    table = torch.arange(12).reshape(3, 4)
+    taken = take(read_batch({"input_ids": table, "language": torch.tensor([7, 8, 9])}, ragged=True), [2, 0])
+    assert taken["language"].tolist() == [9, 7] and taken["input_ids"].tolist() == table[[2, 0]].tolist()
 
 
 def test_padding_on_the_left_belongs_to_the_key(make_trainer):
