@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import warnings
@@ -293,38 +291,3 @@ def test_fsdp2_of_accelerate_shards_resumes_to_the_same_bits_and_equals_ddp(acce
     assert result["by_itself"] == "DistributedDataParallel", "accelerate shards on CPUs now: as_of_gpus() can go"
     assert result["distance"] < 1e-12
     assert scenario == "in_a_loop" or len(result["phases"]) == 5
-
-
-def two_processes(script: Path, output: Path) -> list[subprocess.Popen]:
-    """The two ranks without a launcher, which would end the one when the other dies."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    place = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(script), str(output)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-
-
-@resumes
-def test_a_killed_rank_ends_the_other_and_the_next_launch_ends_in_the_same_weights(tmp_path):
-    script, output = LAUNCHED / "killed.py", tmp_path / "killed"
-    survivor, killed = two_processes(script, output)
-    try:
-        assert killed.wait(240) == -signal.SIGKILL
-        assert survivor.wait(120) > 0, "an error, long before the process group's timeout"
-    finally:
-        survivor.kill()
-    assert "by peer" in json.loads((tmp_path / "killed.0.json").read_text())["restarted"]["error"]
-
-    assert [path.name for path in output.iterdir()] == ["checkpoint-4"]
-    (result, _) = children("killed", tmp_path)
-    assert result["restarted"] == {"from": "checkpoint-4", "equal": True, "phases": [0, 3, 7, 13, 15]}
-    one = trainer_runs.make(tmp_path / "one")
-    one.train()
-    torch.save(one.model.state_dict(), tmp_path / "one.pt")
-    assert distance(tmp_path, "killed", "one") < 1e-12
