@@ -18,9 +18,9 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
-from ._arguments import check_arguments, read_arguments
+from ._arguments import read_arguments
+from ._deciding import auto, build_named, freeze_converged, plateau, time_of
 from ._phases import Phase, Schedule
 from ._spec import Entry, Selector, Time, spec_of
 from .errors import ScheduleError
@@ -99,14 +99,6 @@ def parse_selectors(selectors: str) -> Schedule:
     return parse_schedule(", ".join(f"{part}@0" for part in selectors.split(",")))
 
 
-def _build_named(name: str, given: dict[str, Any]) -> Schedule:
-    return Schedule(name=name, arguments=check_arguments(name, given))
-
-
-def _time(value: str | Time) -> Time:
-    return value if isinstance(value, Time) else Time.parse(value)
-
-
 def gradual(every: str | Time = "1ep", blocks: int = 1, embeddings: bool = True) -> Schedule:
     """Open the head first, then block by block from the top: gradual unfreezing.
 
@@ -124,7 +116,7 @@ def gradual(every: str | Time = "1ep", blocks: int = 1, embeddings: bool = True)
 
     Reference: ULMFiT, arXiv 1801.06146.
     """
-    return _build_named("gradual", {"every": _time(every), "blocks": blocks, "embeddings": embeddings})
+    return build_named("gradual", {"every": time_of(every), "blocks": blocks, "embeddings": embeddings})
 
 
 def top(share: float = 0.5) -> Schedule:
@@ -142,7 +134,7 @@ def top(share: float = 0.5) -> Schedule:
     Raises:
         ScheduleError: A share outside (0, 1].
     """
-    return _build_named("top", {"share": float(share)})
+    return build_named("top", {"share": float(share)})
 
 
 def linear_probe(until: str | Time = "1ep") -> Schedule:
@@ -157,7 +149,7 @@ def linear_probe(until: str | Time = "1ep") -> Schedule:
 
     Reference: LP-FT, arXiv 2202.10054.
     """
-    return _build_named("linear_probe", {"until": _time(until)})
+    return build_named("linear_probe", {"until": time_of(until)})
 
 
 def all_at_once() -> Schedule:
@@ -167,7 +159,7 @@ def all_at_once() -> Schedule:
         >>> str(all_at_once())
         'all_at_once'
     """
-    return _build_named("all_at_once", {})
+    return build_named("all_at_once", {})
 
 
 def rotate(
@@ -198,104 +190,4 @@ def rotate(
     Reference: LISA, arXiv 2403.17919; BAdam, arXiv 2404.02827; HiFT, arXiv 2401.15207.
     """
     given = {"blocks": blocks, "seed": seed, "order": order, "embeddings": embeddings, "head": head}
-    return _build_named("rotate", {**given, "every": _time(every)})
-
-
-def plateau(
-    metric: str = "",
-    patience: int = 2,
-    min_delta: float = 0.0,
-    mode: str = "auto",
-    at_least: str | Time = "0",
-    at_most: str | Time | None = None,
-    stop: str = "none",
-    back: bool = True,
-    restore_best: bool = False,
-    blocks: int = 1,
-    embeddings: bool = True,
-) -> Schedule:
-    """Open what ``gradual`` opens next whenever a validation metric has stopped improving.
-
-    Example:
-        >>> str(plateau("eval_loss", patience=2, at_most="3ep"))
-        'plateau(eval_loss, patience=2, at_most=3ep)'
-
-    Args:
-        metric: As the Trainer reports it; by default ``metric_for_best_model``.
-        patience: Evaluations without improvement, one after the other, until the next opening.
-        min_delta: What an improvement must exceed.
-        mode: ``min`` or ``max``; ``auto`` follows ``greater_is_better``, else the name of the metric.
-        at_least: Time that a phase lasts at least.
-        at_most: Time after which the next group opens in any case.
-        stop: ``no_gain`` ends unfreezing when the last opening brought no new best.
-        back: Whether it then goes back to the best weights and their trainable set, or stays.
-        restore_best: Whether each opening begins from the best weights so far.
-        blocks: Blocks that open at a time.
-        embeddings: Whether the embeddings open at last.
-
-    Raises:
-        ScheduleError: An argument of the wrong kind; later, no evaluation, or a metric that is not reported.
-
-    Reference: FTS, finetuning-scheduler (github.com/speediedan/finetuning-scheduler).
-    """
-    given = {"metric": metric, "patience": patience, "min_delta": float(min_delta), "mode": mode, "stop": stop,
-             "back": back, "restore_best": restore_best, "blocks": blocks, "embeddings": embeddings}  # fmt: skip
-    times = {"at_least": _time(at_least), "at_most": at_most if at_most is None else _time(at_most)}
-    return _build_named("plateau", {**given, **times})
-
-
-def auto(
-    criterion: str,
-    blocks: int = 1,
-    every: str | Time = "1ep",
-    batches: int = 8,
-    embeddings: bool = True,
-    per: str = "block",
-) -> Schedule:
-    """Open the head first, then at regular times the blocks that a criterion finds most worth training.
-
-    Before each opening the closed blocks are measured on a few batches; training is not disturbed.
-
-    Example:
-        >>> str(auto("validation_gradient", every="0.5ep"))
-        'auto(validation_gradient, blocks=1, every=0.5ep, batches=8, embeddings=true)'
-
-    Args:
-        criterion: A name from ``hf_unfreeze.criteria``, or of a criterion of your own (``register_criterion``).
-        blocks: Blocks that open at a time.
-        every: Time between two openings.
-        batches: Batches to measure on; fewer where an opening would cost more than 5 % of the steps to the next.
-        embeddings: Whether the embeddings open at last.
-        per: ``block``, or ``parameter``: what a block is worth divided by the number of its parameters.
-
-    Raises:
-        ScheduleError: An argument of the wrong kind, or no criterion; later, an unknown criterion.
-
-    Reference: Surgical fine-tuning, arXiv 2210.11466.
-    """
-    given = {"criterion": criterion, "blocks": blocks, "batches": batches, "embeddings": embeddings, "per": per}
-    return _build_named("auto", {**given, "every": _time(every)})
-
-
-def freeze_converged(
-    criterion: str = "gradient_change", percentile: int = 50, every: str | Time = "10%", batches: int = 8
-) -> Schedule:
-    """Train everything, then freeze from the bottom up the blocks that have converged.
-
-    Example:
-        >>> str(freeze_converged(every="200step"))
-        'freeze_converged(gradient_change, percentile=50, every=200step, batches=8)'
-
-    Args:
-        criterion: A name from ``hf_unfreeze.criteria``, or of a criterion of your own; what has converged is low.
-        percentile: A block below this percentile of those that train freezes, if all below it are frozen.
-        every: Time between two choices.
-        batches: Batches to measure on; fewer where a choice would cost more than 5 % of the steps to the next.
-
-    Raises:
-        ScheduleError: An argument of the wrong kind; later, an unknown criterion.
-
-    Reference: AutoFreeze, arXiv 2102.01386.
-    """
-    given = {"criterion": criterion, "percentile": percentile, "batches": batches}
-    return _build_named("freeze_converged", {**given, "every": _time(every)})
+    return build_named("rotate", {**given, "every": time_of(every)})

@@ -12,7 +12,7 @@ import pytest
 import hf_unfreeze
 
 PACKAGE = Path(hf_unfreeze.__file__).parent
-ORDER = ["errors", "_spec", "_named", "_arguments", "_phases", "schedule", "architectures", "_roles", "_blocks",
+ORDER = ["errors", "_spec", "_named", "_arguments", "_phases", "_deciding", "schedule", "architectures", "_roles", "_blocks",
          "_structure", "_runs", "_naming", "_trace", "detection", "_rows", "_matcher", "groups",
          "_quantised", "freezing", "optim", "_adapters",
          "_compiling", "_checkpointing", "_options", "_kept", "regularization",
