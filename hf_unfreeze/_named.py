@@ -98,9 +98,7 @@ def _all_at_once_changes(groups: Sequence[Group], arguments: dict[str, Any], len
 
 
 def _rotate_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
-    total = length[0]
-    if total is None:
-        raise ScheduleError("rotate goes on to the end of the run and needs its length. Pass total_steps (max_steps).")
+    total = _total("rotate", length)
     blocks = [group.name for group in groups if BLOCK.fullmatch(group.name) and group.parameter_names]
     if not blocks:
         names = ", ".join(group.name for group in groups)
@@ -116,6 +114,33 @@ def _rotate_changes(groups: Sequence[Group], arguments: dict[str, Any], length: 
         before, number = turn, number + 1
         step = multiple(arguments["every"], number, length)
     return changes
+
+
+def _freezing_shares(groups: Sequence[Group], arguments: dict[str, Any]) -> list[tuple[Fraction, frozenset[str]]]:
+    """List for what share of the run each level trains, bottom → top: evenly from the first one's to the head's, 1."""
+    units = freezings(groups)
+    units.append(frozenset(group.name for group in groups).difference(*units))
+    first, levels = Fraction(str(arguments["first"])), max(len(units) - 1, 1)
+    shares = [1 - (1 - first) * (len(units) - 1 - number) / levels for number in range(len(units))]
+    return [(share**3 if arguments["cubed"] else share, unit) for share, unit in zip(shares, units, strict=True)]
+
+
+def _freeze_out_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
+    total = _total("freeze_out", length)
+    frozen = [(math.ceil(share * total), unit) for share, unit in _freezing_shares(groups, arguments)]
+    changes = [(Time(Fraction(step)), unit, True) for step, unit in frozen if step < total]
+    return _all_at_once_changes(groups, arguments, length) + changes
+
+
+def _cosines(groups: Sequence[Group], arguments: dict[str, Any]) -> dict[str, tuple[float, Fraction]]:
+    shares = _freezing_shares(groups, arguments)
+    return {name: (float(1 / share) if arguments["scaled"] else 1.0, share) for share, unit in shares for name in unit}
+
+
+def _total(name: str, length: Length) -> int:
+    if length[0] is None:
+        raise ScheduleError(f"{name} goes on to the end of the run and needs its length. Pass total_steps (max_steps).")
+    return length[0]
 
 
 def _turns(blocks: Sequence[str], count: int, order: str, draw: random.Random) -> Iterator[frozenset[str]]:
@@ -150,6 +175,8 @@ class NamedSchedule:
         decided: Lists the trainable sets that follow the first, where the data decides when.
         required: Arguments that have no default.
         most: Upper limit of an argument.
+        annealed: Gives each group whose rate falls along a cosine the factor with which it starts, and the share of the
+            run at which it comes to 0.
     """
 
     arguments: dict[str, Any]
@@ -161,6 +188,7 @@ class NamedSchedule:
     decided: Callable[[Sequence[Group], dict[str, Any]], list[frozenset[str]]] | None = None
     required: tuple[str, ...] = ()
     most: dict[str, float] = field(default_factory=dict)
+    annealed: Callable[[Sequence[Group], dict[str, Any]], dict[str, tuple[float, Fraction]]] | None = None
 
     def kind(self, key: str) -> type:
         """Return the type of an argument."""
@@ -185,6 +213,13 @@ NAMED = {
         _rotate_changes,
         {"order": _ORDERS},
         zero=("seed",),
+    ),
+    "freeze_out": NamedSchedule(
+        {"first": 0.8, "cubed": True, "scaled": True},
+        _freeze_out_changes,
+        positional="first",
+        most={"first": 1.0},
+        annealed=_cosines,
     ),
     "plateau": NamedSchedule(
         _PLATEAU,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import ScheduleError, UnfreezeError
-from .optim import decay_multipliers, group_weight_decay
-from .schedule import Time
+from ._rates import parse_decay, parse_warmup
+from .errors import UnfreezeError
+from .optim import group_weight_decay
 
-__all__ = ["Options", "parse_warmup"]
+__all__ = ["Options"]
 
 
 @dataclass(frozen=True)
 class Options:
     """The arguments, documented at ``Unfreezer``; raises UnfreezeError for a value that no model could use."""
 
-    layer_decay: float = 1.0
+    layer_decay: float | str = 1.0
     block_warmup: str | None = None
     frozen_eval: bool = True
     pull: float = 0.0
@@ -25,7 +25,7 @@ class Options:
     offload_state: bool = False
 
     def __post_init__(self) -> None:
-        decay_multipliers((), self.layer_decay)
+        parse_decay(self.layer_decay)
         parse_warmup(self.block_warmup)
         _check_number("pull", self.pull, float("inf"))
         _check_number("dropout", self.dropout, 1.0)
@@ -35,16 +35,6 @@ class Options:
                 raise UnfreezeError(f"{name}={getattr(self, name)!r} is neither True nor False. Write one of them.")
         if self.drop_state and self.offload_state:
             raise UnfreezeError("drop_state and offload_state exclude each other. Choose one.")
-
-
-def parse_warmup(block_warmup: str | None) -> Time | None:
-    """Read ``block_warmup``; raise ScheduleError that names the argument."""
-    if block_warmup is None:
-        return None
-    try:
-        return Time.parse(str(block_warmup))
-    except ScheduleError as error:
-        raise ScheduleError(f"block_warmup={block_warmup!r}: {error}") from None
 
 
 def _check_number(name: str, value: object, below: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from ._arguments import write_arguments
@@ -126,6 +127,11 @@ class Schedule:
             tuple(group.name for group in groups if group.name in opened and group.parameter_names)
             for opened in (sets(groups, dict(self.arguments)) if sets else ())
         )
+
+    def annealed(self, groups: Sequence[Group]) -> dict[str, tuple[float, Fraction]]:
+        """Return of each group whose rate falls along a cosine its first factor, and the share of the run it takes."""
+        cosines = NAMED[self.name].annealed if self.name else None
+        return cosines(groups, dict(self.arguments)) if cosines else {}
 
     def _changes(self, groups: Sequence[Group]) -> list[Change]:
         changes: list[Change] = []

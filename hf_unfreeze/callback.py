@@ -63,8 +63,8 @@ class UnfreezeArguments:
     schedule: str = field(
         default="gradual", metadata={"help": "What trains when: 'head@0, block[-4:]@1ep, all@50%' or a named schedule."}
     )
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "Factor on the learning rate from each level to the one below it, in (0, 1]."}
+    layer_decay: str = field(
+        default="1.0", metadata={"help": "Factor on the rate from each level to the one below it: 0.9, or 0.35->1.0."}
     )
     block_warmup: str | None = field(
         default=None, metadata={"help": "Time over which a newly opened group warms up: 50step, 0.1ep or 2%."}
@@ -103,7 +103,8 @@ class UnfreezeCallback(TrainerCallback):
 
     Args:
         schedule: A spec string (see ``hf_unfreeze.schedule``) or a ``Schedule``.
-        layer_decay: Factor on the learning rate from each level to the one below it, in (0, 1].
+        layer_decay: Factor on the learning rate from each level to the one below it, in (0, 1]; ``"0.35->1.0"``
+            changes it evenly from the first step to the last.
         block_warmup: Time over which the rate of a newly opened group rises to its full value, e.g. ``"50step"``.
         frozen_eval: Whether frozen modules run in eval mode.
         pull: Strength of the pull of opened weights back to the pretrained ones (L2-SP); see ``Unfreezer``.
@@ -128,7 +129,7 @@ class UnfreezeCallback(TrainerCallback):
         self,
         schedule: str | Schedule = "gradual",
         *,
-        layer_decay: float = 1.0,
+        layer_decay: float | str = 1.0,
         block_warmup: str | None = None,
         frozen_eval: bool = True,
         pull: float = 0.0,

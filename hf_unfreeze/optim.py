@@ -118,7 +118,7 @@ class GroupRates:
     def _split(self, group: dict[str, Any]) -> Iterable[dict[str, Any]]:
         if group.get("lr") is None:
             raise OptimizerError(
-                "layer_decay and block_warmup need a learning rate, and this optimizer derives its own "
+                "layer_decay, block_warmup and freeze_out need a learning rate, and this optimizer derives its own "
                 "(Adafactor with relative_step). Write relative_step=False with lr=…, or leave both out."
             )
         parts: dict[str, list[nn.Parameter]] = {}  # by name, not by rate: bitsandbytes goes by positions that stay

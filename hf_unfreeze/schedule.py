@@ -34,6 +34,7 @@ __all__ = [
     "all_at_once",
     "auto",
     "freeze_converged",
+    "freeze_out",
     "gradual",
     "linear_probe",
     "parse_schedule",
@@ -191,3 +192,27 @@ def rotate(
     """
     given = {"blocks": blocks, "seed": seed, "order": order, "embeddings": embeddings, "head": head}
     return build_named("rotate", {**given, "every": time_of(every)})
+
+
+def freeze_out(first: float = 0.8, cubed: bool = True, scaled: bool = True) -> Schedule:
+    """Train everything, then freeze block after block from the bottom at set shares of the run: FreezeOut.
+
+    The rate of each falls along half a cosine and is 0 where it freezes, the head's at the end of the run. Take a
+    constant learning rate beside it, or both fall.
+
+    Example:
+        >>> str(freeze_out(0.5, cubed=False))
+        'freeze_out(0.5, cubed=false, scaled=true)'
+
+    Args:
+        first: Share of the run, before cubing, after which the lowest block freezes, and the embeddings with it; the
+            others follow at equal distances, up to the head's 1.
+        cubed: Whether each share is cubed: lower blocks freeze earlier, 0.8 is then 51.2 % of the run.
+        scaled: Whether each rate begins divided by that share, so that all cover the same distance.
+
+    Raises:
+        ScheduleError: A share outside (0, 1]; later, a run of unknown length.
+
+    Reference: FreezeOut, arXiv 1706.04983.
+    """
+    return build_named("freeze_out", {"first": float(first), "cubed": cubed, "scaled": scaled})

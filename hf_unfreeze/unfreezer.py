@@ -18,14 +18,15 @@ from ._compiling import GraphLimit
 from ._coverage import check_covered, opened_since, warn_unreached
 from ._decisions import decisions_of
 from ._kept import BestWeights, Kept, Pretrained
-from ._options import Options, parse_warmup
+from ._options import Options
 from ._probe import Probe, Prober
+from ._rates import Multipliers
 from .cache import FrozenPrefixCache
 from .distributed import of_rank_0, process_followers, refuse_wrappers, unwrap
 from .errors import UnfreezeError
 from .freezing import Follower, FrozenEval, apply_trainable
 from .groups import layer_groups
-from .optim import DropState, GroupRates, OffloadState, check_optimizer, decay_multipliers, raw_optimizer
+from .optim import DropState, GroupRates, OffloadState, check_optimizer, raw_optimizer
 from .optim import group_weight_decay as group_weight_decay_of
 from .regularization import Pull, RaisedDropout
 from .schedule import Phase, Schedule, parse_schedule, spec_of
@@ -64,7 +65,8 @@ class Unfreezer:
         schedule: A spec string or a ``Schedule``.
         total_steps: Optimizer updates of the whole run; needed where a time is in ``%``.
         steps_per_epoch: Optimizer updates in one epoch; needed where a time is in ``ep``.
-        layer_decay: Factor on the learning rate from each level to the one below it, in (0, 1].
+        layer_decay: Factor on the learning rate from each level to the one below it, in (0, 1]; ``"0.35->1.0"``
+            changes it evenly from the first step to the last.
         block_warmup: Time (``"50step"``, ``"0.1ep"``, ``"2%"``) over which the learning rate of a group that opens
             after the first step rises linearly to its full value.
         frozen_eval: Whether frozen modules run in eval mode (no dropout, BatchNorm statistics at rest).
@@ -93,7 +95,7 @@ class Unfreezer:
         *,
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
-        layer_decay: float = 1.0,
+        layer_decay: float | str = 1.0,
         block_warmup: str | None = None,
         frozen_eval: bool = True,
         pull: float = 0.0,
@@ -125,9 +127,9 @@ class Unfreezer:
                 f"{self.schedule} measures inside frozen blocks, and the cache passes them over. "
                 "Write cache=None, or another schedule."
             )
-        self._decay = decay_multipliers(self.groups, layer_decay)
-        warmup = parse_warmup(block_warmup)
-        self._warmup = warmup.to_step(total_steps, steps_per_epoch) if warmup else 0
+        self._multipliers = Multipliers(
+            self.groups, self.schedule, layer_decay, block_warmup, total_steps, steps_per_epoch
+        )
         warn_unreached(self.schedule, self.phases, self.groups, total_steps)
         check_covered(self.schedule, self.optimizer, self._members, self.decisions.may_open)
 
@@ -151,7 +153,7 @@ class Unfreezer:
         """Set up what has to follow the flags."""
         group_of = {id(p): group.name for group, parameters in self._members for p in parameters}
         decays = group_weight_decay_of(options.group_weight_decay, self.groups)
-        self._rates = GroupRates(self.optimizer, group_of, self._multipliers, decays)
+        self._rates = GroupRates(self.optimizer, group_of, lambda: self._multipliers(self._step, self._opened), decays)
         self._followers.append(self._rates)
         members = {name: named[name] for group in self.groups for name in group.parameter_names}
         self._followers += [Checkpointing(root), GraphLimit()]
@@ -275,13 +277,3 @@ class Unfreezer:
         possible = [Phase(self._step, names) for names in self.schedule.decided(self.groups)]
         known = [phase for phase in self.phases if self._current is None or phase.start >= self._current.start]
         return known + (possible if self.schedule.name == "freeze_converged" else [])
-
-    def _multipliers(self) -> dict[str, float]:
-        if not self._warmup:
-            return self._decay
-        return {name: decay * self._ramp(name) for name, decay in self._decay.items()}
-
-    def _ramp(self, name: str) -> float:
-        """Return the warm-up factor of a group: a function of the step alone, so that a resume needs no state."""
-        opened = self._opened.get(name, 0)
-        return min(1.0, (self._step - opened + 1) / self._warmup) if opened > 0 else 1.0

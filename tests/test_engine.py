@@ -382,7 +382,7 @@ def test_optimizers_are_checked():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("layer_decay", [0, -1, 1.5, True, "0.9", float("nan")])
+@pytest.mark.parametrize("layer_decay", [0, -1, 1.5, True, "1.1", float("nan")])
 def test_layer_decay_outside_its_range(layer_decay):
     with pytest.raises(UnfreezeError, match="outside"):
         UnfreezeCallback("gradual", layer_decay=layer_decay)

@@ -26,6 +26,7 @@ def distance(model, start):
 def test_callback_arguments_and_engine_have_the_same_options():
     ours = inspect.signature(UnfreezeCallback.__init__).parameters
     dataclass = {field.name: field.default for field in fields(UnfreezeArguments)}
+    dataclass["layer_decay"] = float(dataclass["layer_decay"])  # text, so that a command line may write 0.35->1.0
     assert {name: p.default for name, p in ours.items() if name != "self"} == dataclass
     engine = inspect.signature(Unfreezer.__init__).parameters
     shared = set(ours) - {"self", "reinitialize"}

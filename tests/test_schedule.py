@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_unfreeze import UnfreezeError, all_at_once, gradual, linear_probe, parse_schedule, top
+from hf_unfreeze import UnfreezeError, all_at_once, freeze_out, gradual, linear_probe, parse_schedule, top
 from hf_unfreeze.schedule import Time, spec_of
 
 
@@ -220,6 +220,18 @@ def test_valid_schedules_round_trip_and_their_phases_are_ordered(spec, total, pe
     for phase in phases:  # the spec of a set selects that set
         again = ", ".join(f"{part}@0" for part in spec_of(phase.trainable, single()).split(", "))
         assert parse_schedule(again).phases(single())[0].trainable == phase.trainable
+
+
+shares = st.floats(0.01, 1)
+named = st.one_of(st.builds(top, shares), st.builds(freeze_out, shares, st.booleans(), st.booleans()))
+
+
+@settings(deadline=None)
+@given(named, st.integers(1, 500))
+def test_named_schedules_round_trip_and_their_phases_are_ordered(schedule, total):
+    assert parse_schedule(str(schedule)) == schedule and hash(parse_schedule(str(schedule))) == hash(schedule)
+    starts = [phase.start for phase in schedule.phases(single(), total)]
+    assert starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] < total
 
 
 @pytest.mark.slow
