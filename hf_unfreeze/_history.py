@@ -15,11 +15,13 @@ __all__ = ["as_record", "divergence", "past_transitions"]
 def as_record(transition: Transition) -> dict[str, Any]:
     """Return a transition as a record of ``log_history``, without step and epoch; with a reason where it has one."""
     reason = {"unfreeze/reason": transition.reason} if transition.reason else {}
+    rates = {"unfreeze/rates": dict(transition.rates)} if transition.rates else {}
     return {
         "unfreeze/phase": transition.phase,
         "unfreeze/trainable": transition.trainable,
         "unfreeze/trainable_params": transition.trainable_params,
         **reason,
+        **rates,
     }
 
 

@@ -34,12 +34,14 @@ class Phase:
         trainable: Names of the trainable groups, bottom → top.
         reason: Why it began, in words and numbers, where the data decided.
         restores: Whether it begins by going back to the best weights.
+        rates: ``(name, factor)`` of each trainable group whose learning rate is multiplied, bottom → top.
     """
 
     start: int
     trainable: tuple[str, ...]
     reason: str = ""
     restores: bool = False
+    rates: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class Schedule:
 
     @classmethod
     def from_log(cls, log_history: Iterable[Any]) -> Schedule:
-        """Return the timed schedule that replays a run, whoever decided in it; but no going back to earlier weights.
+        """Return the timed schedule that replays what trained when in a run, and at what factor, whoever decided.
+
+        It does not go back to earlier weights as ``plateau`` may, and has no cosines as ``freeze_out`` has.
 
         Example:
             >>> str(Schedule.from_log(trainer.state.log_history))
@@ -80,6 +84,8 @@ class Schedule:
             step, opened = record["step"], record["unfreeze/trainable"].split(",")
             entries += [Entry.parse(f"-all@{step}step")] if entries and opened != ["all"] else []
             entries += [Entry.parse(f"{selector}@{step}step") for selector in opened]
+            rates = record.get("unfreeze/rates") or {}
+            entries += [Entry.parse(f"{name}*{rate!r}@{step}step") for name, rate in rates.items()]
         if not entries:
             raise ScheduleError("this log_history has no transition. Take that of a run with UnfreezeCallback.")
         return cls(tuple(entries))
@@ -100,24 +106,27 @@ class Schedule:
             ScheduleError: A selector matches nothing, or a phase would train nothing; all faults in one message.
         """
         length = total_steps, steps_per_epoch
-        changes = NAMED[self.name].changes(groups, dict(self.arguments), length) if self.name else self._changes(groups)
-        timed = sorted(((t.to_step(total_steps, steps_per_epoch), names, freeze) for t, names, freeze in changes),
+        named = NAMED[self.name].changes(groups, dict(self.arguments), length) if self.name else ()
+        changes = [(change, 1.0) for change in named] or self._changes(groups)
+        timed = sorted(((time.to_step(*length), names, freeze, rate) for (time, names, freeze), rate in changes),
                        key=lambda change: change[0])  # fmt: skip
-        trainable: set[str] = set()
-        at: dict[int, set[str]] = {0: set()}
-        for start, names, freeze in timed:
-            at[start] = trainable = trainable - names if freeze else trainable | names
+        rates: dict[str, float] = {}  # of what trains
+        at: dict[int, dict[str, float]] = {0: {}}
+        for start, names, freeze, rate in timed:
+            kept = {name: before for name, before in rates.items() if name not in names}
+            at[start] = rates = kept if freeze else kept | dict.fromkeys(names, rate)
         phases: list[Phase] = []
         for start, opened in at.items():
             names_at = tuple(group.name for group in groups if group.name in opened and group.parameter_names)
+            rates_at = tuple((name, opened[name]) for name in names_at if opened[name] != 1)
             if not names_at:
                 raise ScheduleError(
                     f"schedule {str(self)!r} trains nothing from step {start} on"
                     + (f" ({', '.join(sorted(opened))} has no parameter of its own in this model)" if opened else "")
                     + ". Open something at that time, for instance head@0 or block[-1]@0."
                 )
-            if not phases or names_at != phases[-1].trainable:
-                phases.append(Phase(start, names_at))
+            if not phases or (names_at, rates_at) != (phases[-1].trainable, phases[-1].rates):
+                phases.append(Phase(start, names_at, rates=rates_at))
         return tuple(phases)
 
     def decided(self, groups: Sequence[Group]) -> tuple[tuple[str, ...], ...]:
@@ -133,12 +142,13 @@ class Schedule:
         cosines = NAMED[self.name].annealed if self.name else None
         return cosines(groups, dict(self.arguments)) if cosines else {}
 
-    def _changes(self, groups: Sequence[Group]) -> list[Change]:
-        changes: list[Change] = []
+    def _changes(self, groups: Sequence[Group]) -> list[tuple[Change, float]]:
+        changes: list[tuple[Change, float]] = []
         faults: list[str] = []
         for entry in self.entries:
             try:
-                changes.append((entry.time, frozenset(entry.selector.select(groups)), entry.freeze))
+                change = entry.time, frozenset(entry.selector.select(groups)), entry.freeze
+                changes.append((change, entry.rate))
             except ScheduleError as error:
                 faults.append(f"{entry}: {error}")
         if faults:

@@ -45,7 +45,7 @@ def parse_warmup(block_warmup: str | None) -> Time | None:
 
 
 class Multipliers:
-    """Layer decay, warm-up of what has opened, and the annealing of a schedule such as ``freeze_out``.
+    """Layer decay, warm-up of what has opened, and the factors and cosines of a schedule.
 
     Args:
         groups: Layer groups, bottom → top.
@@ -79,12 +79,19 @@ class Multipliers:
         self._warmup = warmup.to_step(total_steps, steps_per_epoch) if warmup else 0
         self._annealed = schedule.annealed(groups)
 
-    def __call__(self, step: int, opened: Mapping[str, int]) -> dict[str, float]:
-        """Return the multiplier of each group; ``opened`` tells since which step those that train have done so."""
+    def __call__(self, step: int, opened: Mapping[str, int], rates: Mapping[str, float]) -> dict[str, float]:
+        """Return the multiplier of each group.
+
+        Args:
+            step: Optimizer updates done so far.
+            opened: Since which step each group that trains has done so.
+            rates: The factors of the present phase.
+        """
         over = min(1.0, step / max(self._total - 1, 1))
         decay = decay_multipliers(self._groups, self._first + (self._last - self._first) * over)
         return {
-            name: own * self._ramp(step, opened.get(name, 0)) * self._cosine(name, step) for name, own in decay.items()
+            name: own * self._ramp(step, opened.get(name, 0)) * self._cosine(name, step) * rates.get(name, 1.0)
+            for name, own in decay.items()
         }
 
     def _ramp(self, step: int, opened: int) -> float:

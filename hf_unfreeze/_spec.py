@@ -180,23 +180,39 @@ class Selector:
 
 @dataclass(frozen=True)
 class Entry:
-    """One ``selector@time``: what opens, or with ``freeze`` is frozen again, and when."""
+    """One ``selector@time``: what opens, at what multiple of the rate, or with ``freeze`` is frozen, and when."""
 
     selector: Selector
     time: Time
     freeze: bool = False
+    rate: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Entry:
-        """Read ``block[-4:]@1ep`` or ``-embeddings@50%``."""
+        """Read ``block[-4:]@1ep``, ``block[0]*0.1@1ep`` or ``-embeddings@50%``."""
         what, at, when = text.partition("@")
         if not at:
             raise ScheduleError(f"{text.strip()!r} has no time. Write {text.strip() or 'head'}@0 or …@1ep.")
+        what, star, factor = what.partition("*")
         freeze = what.strip().startswith("-")
-        return cls(Selector.parse(what.strip().removeprefix("-")), Time.parse(when), freeze)
+        rate = _rate(factor) if star else 1.0
+        if not 0 < rate < math.inf or (freeze and star):
+            raise ScheduleError(
+                f"{text.strip()!r}: a rate is a number above 0, as in block[0]*0.1@{when.strip()}. "
+                f"To freeze, write -{what.strip().removeprefix('-')}@{when.strip()}."
+            )
+        return cls(Selector.parse(what.strip().removeprefix("-")), Time.parse(when), freeze, rate)
 
     def __str__(self) -> str:
-        return f"{'-' if self.freeze else ''}{self.selector}@{self.time}"
+        rate = "" if self.rate == 1 else f"*{self.rate!r}"
+        return f"{'-' if self.freeze else ''}{self.selector}{rate}@{self.time}"
+
+
+def _rate(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def spec_of(names: Iterable[str], groups: Sequence[Group]) -> str:

@@ -257,7 +257,8 @@ class UnfreezeCallback(TrainerCallback):
         if past and all(past[-1].get(key) == value for key, value in record.items()):
             return  # resumed inside a phase whose beginning is on record
         state.log_history.append(record | when)
-        restart_patience()
+        if not past or past[-1]["unfreeze/trainable"] != transition.trainable:
+            restart_patience()
         if state.is_world_process_zero and not args.disable_tqdm:
             from tqdm.auto import tqdm
 

@@ -3,7 +3,8 @@
 The language, in full::
 
     schedule  = entry {"," entry} | name | name "(" argument {"," argument} ")"
-    entry     = ["-"] selector "@" time          "-" freezes again what the selector names
+    entry     = selector ["*" number] "@" time   opens, at that multiple of the learning rate
+              | "-" selector "@" time            freezes again what the selector names
     selector  = "all" | [stack "."] group ["[" index "]"]      head, embeddings, block[3], decoder.block[-4:]
     index     = integer | [integer] ":" [integer]              as in Python; -1 is the top block
     time      = "0" | number ("step" | "ep" | "%")             % is of the whole run
@@ -95,7 +96,7 @@ def parse_selectors(selectors: str) -> Schedule:
     Raises:
         ScheduleError: A selector cannot be read.
     """
-    if not isinstance(selectors, str):
+    if not isinstance(selectors, str) or "*" in selectors:
         raise ScheduleError(f"selectors are a string such as 'head, block[-2:]', not {selectors!r}.")
     return parse_schedule(", ".join(f"{part}@0" for part in selectors.split(",")))
 

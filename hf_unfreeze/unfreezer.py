@@ -38,13 +38,14 @@ _ANNOUNCED = 32  # phases that ranks compare ahead: a schedule that rotates has 
 
 @dataclass(frozen=True)
 class Transition:
-    """What changed at a step: the phase that began, its trainable set as a spec, that set's parameters, and why."""
+    """What changed at a step: the phase that began, its trainable set as a spec, that set's parameters, why, rates."""
 
     step: int
     phase: int
     trainable: str
     trainable_params: int
     reason: str = ""
+    rates: tuple[tuple[str, float], ...] = ()
 
 
 class Unfreezer:
@@ -153,7 +154,7 @@ class Unfreezer:
         """Set up what has to follow the flags."""
         group_of = {id(p): group.name for group, parameters in self._members for p in parameters}
         decays = group_weight_decay_of(options.group_weight_decay, self.groups)
-        self._rates = GroupRates(self.optimizer, group_of, lambda: self._multipliers(self._step, self._opened), decays)
+        self._rates = GroupRates(self.optimizer, group_of, self._factors, decays)
         self._followers.append(self._rates)
         members = {name: named[name] for group in self.groups for name in group.parameter_names}
         self._followers += [Checkpointing(root), GraphLimit()]
@@ -203,7 +204,7 @@ class Unfreezer:
         for follower in self._followers:
             follower.update()
         spec = spec_of(phase.trainable, self.groups)
-        self._transition = Transition(global_step, number, spec, self.parameters_in(phase), phase.reason)
+        self._transition = Transition(global_step, number, spec, self.parameters_in(phase), phase.reason, phase.rates)
         return self._transition
 
     def observe(self, metrics: Mapping[str, Any], global_step: int | None = None) -> None:
@@ -269,11 +270,18 @@ class Unfreezer:
 
     def _announcement(self) -> list[str]:
         """Return what every rank must say alike at a transition: the step, what trains now, and what will."""
-        now = [f"at step {self._step} trains {spec_of(self._current.trainable, self.groups)}"] if self._current else []
+
+        def told(phase: Phase) -> str:
+            return " ".join([spec_of(phase.trainable, self.groups), *(f"{name}*{rate}" for name, rate in phase.rates)])
+
+        now = [f"at step {self._step} trains {told(self._current)}"] if self._current else []
         coming = [phase for phase in self.phases if phase.start >= self._step][:_ANNOUNCED]
-        return now + [f"from step {phase.start} {spec_of(phase.trainable, self.groups)}" for phase in coming]
+        return now + [f"from step {phase.start} {told(phase)}" for phase in coming]
 
     def _upcoming(self) -> list[Phase]:
         possible = [Phase(self._step, names) for names in self.schedule.decided(self.groups)]
         known = [phase for phase in self.phases if self._current is None or phase.start >= self._current.start]
         return known + (possible if self.schedule.name == "freeze_converged" else [])
+
+    def _factors(self) -> dict[str, float]:
+        return self._multipliers(self._step, self._opened, dict(self._current.rates) if self._current else {})

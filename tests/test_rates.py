@@ -11,9 +11,17 @@ from conftest import EXAMPLES, hashes, tiny_bert
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import plan, single, towers
-from transformers import HfArgumentParser
+from transformers import EarlyStoppingCallback, HfArgumentParser
 
-from hf_unfreeze import UnfreezeArguments, UnfreezeCallback, UnfreezeError, Unfreezer, freeze_out, parse_schedule
+from hf_unfreeze import (
+    Schedule,
+    UnfreezeArguments,
+    UnfreezeCallback,
+    UnfreezeError,
+    Unfreezer,
+    freeze_out,
+    parse_schedule,
+)
 from hf_unfreeze.errors import ScheduleError
 
 LEVELS = [["embeddings", "block[0]"], ["block[1]"], ["block[2]"], ["block[3]"], ["head"]]
@@ -95,7 +103,7 @@ def resume_at(make_trainer, tmp_path, spec, decay, steps):
         assert rates(again) == rates(whole)
 
 
-@pytest.mark.parametrize(("spec", "decay"), [("freeze_out(0.5)", 1.0), ("head@0, all@3step", "0.35->1.0")])
+@pytest.mark.parametrize(("spec", "decay"), [("freeze_out(0.5)", 1.0), ("head@0, all*0.3@2step", "0.35->1.0")])
 def test_resume_is_exact(make_trainer, tmp_path, spec, decay):
     resume_at(make_trainer, tmp_path, spec, decay, [3])
 
@@ -103,6 +111,36 @@ def test_resume_is_exact(make_trainer, tmp_path, spec, decay):
 @pytest.mark.slow
 def test_resume_is_exact_at_every_step(make_trainer, tmp_path):
     resume_at(make_trainer, tmp_path, "freeze_out(0.5)", "0.35->1.0", range(1, 8))
+
+
+def test_rates_of_entries_hold_until_the_group_is_named_again(make_trainer):
+    spec = "all*0.1@0, head@0, -block[0]@2step, block[-1]*0.5@4step, block[0]@4step"
+    trainer = run(make_trainer, spec, max_steps=6)
+    seen = {step: [groups[name] / 1e-2 for name in ("embeddings", "block[0]", "block[1]", "block[3]", "head")]
+            for step, groups in rates(trainer).items()}  # fmt: skip
+    assert [seen[step] for step in (1, 3, 5)] == [
+        pytest.approx(row) for row in ([0.1] * 4 + [1], [0.1, 0, 0.1, 0.1, 1], [0.1, 1, 0.1, 0.5, 1])
+    ]
+    told = [r.get("unfreeze/rates") for r in trainer.state.log_history if "unfreeze/phase" in r]
+    assert [len(rates) for rates in told] == [5, 4, 4]
+    again = run(make_trainer, Schedule.from_log(trainer.state.log_history), max_steps=6)
+    assert hashes(again.model) == hashes(trainer.model)
+
+
+def test_a_phase_of_rates_alone_gives_early_stopping_no_new_patience(make_trainer):
+    stopping = EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=10.0)
+    trainer = make_trainer(
+        UnfreezeCallback("all@0, all*0.5@1step, all*0.4@2step, all*0.3@3step"), stopping, eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+        metric_for_best_model="eval_loss", max_steps=6,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_selectors_have_no_rates():
+    with pytest.raises(ScheduleError, match="selectors are a string"):
+        UnfreezeCallback(reinitialize="block[-1]*0.5")
 
 
 def test_the_cache_serves_what_is_frozen_by_then(make_trainer):

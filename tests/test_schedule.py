@@ -143,6 +143,10 @@ BAD = {
     "head@": "is no time",
     "@0": "is no selector",
     "head@0,,all@1ep": "entry 2",
+    "head*0@1ep": r"write -head@1ep",
+    "head*fast@0": r"as in block\[0\]\*0.1@0",
+    "all@0, -head*0.5@2ep": "entry 2: '-head\\*0.5@2ep': a rate is a number above 0",
+    "head*inf@0": "above 0",
     "head[0]@0": "only blocks have an index",
     "block[1:2:3]@0": "is no index",
     "block[a]@0": "is no index",
@@ -201,7 +205,11 @@ indices = st.one_of(
     st.tuples(st.integers(-4, 0), st.sampled_from(["", "2", "4"])).map(lambda pair: f"[{pair[0]}:{pair[1]}]"),
 )
 selectors = st.one_of(st.sampled_from(["head", "embeddings", "all"]), indices.map("block{}".format))
-entries = st.tuples(st.sampled_from(["", "", "-"]), selectors, times).map(lambda e: f"{e[0]}{e[1]}@{e[2]}")
+rates = st.one_of(st.just(""), st.floats(1e-9, 1e3).map("*{!r}".format))
+entries = st.one_of(
+    st.tuples(selectors, rates, times).map(lambda e: f"{e[0]}{e[1]}@{e[2]}"),
+    st.tuples(selectors, times).map(lambda e: f"-{e[0]}@{e[1]}"),
+)
 
 
 @settings(max_examples=500, deadline=None)
@@ -217,6 +225,7 @@ def test_valid_schedules_round_trip_and_their_phases_are_ordered(spec, total, pe
     starts = [phase.start for phase in phases]
     assert starts[0] == 0 and starts == sorted(set(starts))
     assert all(phase.trainable for phase in phases)
+    assert all({name for name, rate in phase.rates if rate != 1} <= set(phase.trainable) for phase in phases)
     for phase in phases:  # the spec of a set selects that set
         again = ", ".join(f"{part}@0" for part in spec_of(phase.trainable, single()).split(", "))
         assert parse_schedule(again).phases(single())[0].trainable == phase.trainable
