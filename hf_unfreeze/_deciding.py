@@ -1,4 +1,4 @@
-"""The named schedules whose times or blocks the data decides, as functions. Needs no torch."""
+"""The named schedules in which the data decides, as functions. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ._arguments import check_arguments
 from ._phases import Schedule
 from ._spec import Time
 
-__all__ = ["auto", "build_named", "freeze_converged", "plateau", "time_of"]
+__all__ = ["auto", "auto_rates", "build_named", "freeze_converged", "learn_rates", "plateau", "time_of"]
 
 
 def build_named(name: str, given: dict[str, Any]) -> Schedule:
@@ -119,3 +119,49 @@ def freeze_converged(
     """
     given = {"criterion": criterion, "percentile": percentile, "batches": batches}
     return build_named("freeze_converged", {**given, "every": time_of(every)})
+
+
+def auto_rates(criterion: str = "relative_gradient_norm", every: str | Time = "1ep", batches: int = 8) -> Schedule:
+    """Train everything, each group at a rate in proportion to what a criterion finds it worth: Auto-RGN.
+
+    Example:
+        >>> str(auto_rates(every="200step"))
+        'auto_rates(relative_gradient_norm, every=200step, batches=8)'
+
+    Args:
+        criterion: A name from ``hf_unfreeze.criteria``, or of a criterion of your own; the group of most worth gets the
+            full rate, one of no worth is frozen until the next measurement.
+        every: Time between two measurements; the first is at step 0.
+        batches: Batches to measure on; fewer where it would cost more than 5 % of the steps to the next.
+
+    Raises:
+        ScheduleError: An argument of the wrong kind; later, an unknown criterion.
+
+    Reference: Surgical fine-tuning, arXiv 2210.11466.
+    """
+    return build_named("auto_rates", {"criterion": criterion, "every": time_of(every), "batches": batches})
+
+
+def learn_rates(speed: float = 0.5, start: float = 1.0, every: str | Time = "10%", batches: int = 8) -> Schedule:
+    """Train everything and learn the rate of each group below the head from validation data, by hypergradients.
+
+    A factor in [0, 1] rises where the next training step would lower the validation loss, and falls where it would
+    raise it; at 0 the group is frozen. ``Schedule.from_log`` gives what was learnt as a schedule for other data.
+
+    Example:
+        >>> str(learn_rates(every="1ep"))
+        'learn_rates(speed=0.5, start=1.0, every=1ep, batches=8)'
+
+    Args:
+        speed: Change of a factor at one measurement where step and validation gradient agree entirely.
+        start: Factor of each group at step 0.
+        every: Time between two measurements.
+        batches: Batches of each kind to measure on; fewer where it would cost more than 5 % of the steps to the next.
+
+    Raises:
+        ScheduleError: An argument of the wrong kind; later, no validation data.
+
+    Reference: hypergradient descent, arXiv 1703.04782.
+    """
+    given = {"speed": float(speed), "start": float(start), "batches": batches}
+    return build_named("learn_rates", {**given, "every": time_of(every)})

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from ._learnt import Learnt
 from ._named import freezings, multiple
-from ._phases import is_transition
 from ._plateau import Plateau
 from ._probe import Prober
+from ._replay import replayed
 from ._spec import BLOCK, Group
-from .schedule import Phase, Schedule, parse_selectors
+from .schedule import Phase, Schedule
 
 __all__ = ["Auto", "Converged", "Decisions", "Timed", "decisions_of"]
 
@@ -86,7 +87,7 @@ class Auto:
 
     def replay(self, records: Iterable[Any], step: int) -> None:
         """Take the choices of a run from its ``log_history``, up to a step."""
-        self.phases += tuple(_replayed(records, step, self._groups, self.measure))
+        self.phases += tuple(replayed(records, step, self._groups, self.measure))
 
     def advance(self, step: int) -> None:
         """Choose what opens, where that is due."""
@@ -159,7 +160,7 @@ class Converged:
 
     def replay(self, records: Iterable[Any], step: int) -> None:
         """Take the choices of a run from its ``log_history``, up to a step."""
-        self.phases += tuple(_replayed(records, step, self._groups, self.measure))
+        self.phases += tuple(replayed(records, step, self._groups, self.measure))
         while self._next() < step:
             self._choices += 1
 
@@ -203,19 +204,6 @@ class Converged:
         self.phases = (*self.phases, Phase(step, left, reason))
 
 
-def _replayed(records: Iterable[Any], step: int, groups: Sequence[Group], measure: Prober) -> Iterator[Phase]:
-    """Yield the phases after the first that began before a step, and give the measure what it found."""
-    last = 0
-    for record in records:
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record["step"] >= step:
-            continue
-        measure.replay(record)
-        if is_transition(record) and record["step"] > last:
-            last = record["step"]
-            (phase,) = parse_selectors(record["unfreeze/trainable"]).phases(groups)
-            yield Phase(last, phase.trainable, record.get("unfreeze/reason", ""))
-
-
 def _percentile(values: Sequence[float], percentile: int) -> float:
     """Return what so many percent lie below, between two values in proportion."""
     ordered = sorted(values)
@@ -236,10 +224,13 @@ def decisions_of(
     if schedule.name == "plateau":
         return Plateau(schedule, groups, total_steps, steps_per_epoch)
     phases = schedule.phases(groups, total_steps, steps_per_epoch)
-    if schedule.name not in ("auto", "freeze_converged"):
+    given: dict[str, Any] = dict(schedule.arguments)
+    if "batches" not in given:
         return Timed(phases)
-    every: Any = dict(schedule.arguments)["every"]
-    measure = prober(every.to_step(total_steps, steps_per_epoch))
+    measure = prober(given["every"].to_step(total_steps, steps_per_epoch))
     if schedule.name == "auto":
         return Auto(schedule, groups, phases, measure)
-    return Converged(schedule, groups, phases, measure, (total_steps, steps_per_epoch))
+    length = total_steps, steps_per_epoch
+    if schedule.name == "freeze_converged":
+        return Converged(schedule, groups, phases, measure, length)
+    return Learnt(schedule, groups, measure, length)

@@ -200,7 +200,7 @@ _PLATEAU = {
     "metric": "", "patience": 2, "min_delta": 0.0, "mode": "auto", "at_least": Time(Fraction(0)), "at_most": None,
     "stop": "none", "back": True, "restore_best": False, "blocks": 1, "embeddings": True,
 }  # fmt: skip
-_EPOCH, _EVERY_20 = Time(Fraction(1), "ep"), Time(Fraction(20))
+_EPOCH, _EVERY_20, _TENTH = Time(Fraction(1), "ep"), Time(Fraction(20)), Time(Fraction(10), "%")
 _ORDERS = ("random", "ascending", "descending")
 
 NAMED = {
@@ -238,8 +238,18 @@ NAMED = {
         terse=("per",),
         required=("criterion",),
     ),
+    "auto_rates": NamedSchedule(
+        {"criterion": "relative_gradient_norm", "every": _EPOCH, "batches": 8},
+        _all_at_once_changes,
+        positional="criterion",
+    ),
+    "learn_rates": NamedSchedule(
+        {"speed": 0.5, "start": 1.0, "every": _TENTH, "batches": 8},
+        _all_at_once_changes,
+        most={"start": 1.0},
+    ),
     "freeze_converged": NamedSchedule(
-        {"criterion": "gradient_change", "percentile": 50, "every": Time(Fraction(10), "%"), "batches": 8},
+        {"criterion": "gradient_change", "percentile": 50, "every": _TENTH, "batches": 8},
         _all_at_once_changes,
         positional="criterion",
         decided=_sets_freezing,

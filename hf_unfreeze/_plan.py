@@ -22,6 +22,8 @@ _STATE_COPIES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "RMSprop": 1, "A
 _CAPTIONS = {
     "plateau": "data: the evaluations decide when",
     "auto": "as if from the top: a criterion decides which blocks",
+    "auto_rates": "data: a criterion sets the rate of each group",
+    "learn_rates": "data: validation sets the rate of each group, and may freeze it",
     "freeze_converged": "data: a criterion decides when, and may pass phases over",
 }
 SHOWN = 50  # phases in a table for people: a schedule that rotates has thousands

@@ -16,7 +16,7 @@ from torch import nn
 from ._kept import Pretrained
 from ._outputs import group_modules, outputs_of
 from ._shadow import random_state, set_random_state
-from .criteria import Evidence, find_criterion
+from .criteria import AGREEMENT, Evidence, find_criterion
 from .errors import EnvironmentRefused, ScheduleError
 from .freezing import flags_lent
 from .schedule import Schedule
@@ -30,7 +30,7 @@ _ADAPTIVE = ("adam", "lion", "adafactor", "rmsprop", "adagrad", "lamb")
 
 @dataclass(frozen=True)
 class Probe:
-    """Where the batches come from that ``auto`` and ``freeze_converged`` measure on.
+    """Where the batches come from that a schedule such as ``auto`` measures on.
 
     Args:
         loss: Loss of a model on a batch.
@@ -52,7 +52,7 @@ class Prober:
         model: The model without wrappers.
         members: Parameters of each group, by their names.
         optimizer: The raw torch optimizer; its kind tells the step it would take.
-        schedule: The ``auto`` or ``freeze_converged`` schedule.
+        schedule: A schedule that measures.
         probe: Where the batches come from.
         interval: Optimizer updates between two choices.
 
@@ -71,8 +71,8 @@ class Prober:
         interval: int,
     ) -> None:
         given: dict[str, Any] = dict(schedule.arguments)
-        self.name: str = given["criterion"]
-        self.criterion = find_criterion(self.name)
+        self.name: str = given.get("criterion", "validation_agreement")
+        self.criterion = find_criterion(self.name) if "criterion" in given else AGREEMENT
         if probe is None:
             raise ScheduleError(f"{schedule} needs batches to measure on. Train with a data set that has a length.")
         if self.criterion.validation and probe.validation is None:

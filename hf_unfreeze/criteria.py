@@ -16,7 +16,7 @@ import torch
 
 from .errors import ScheduleError, near_match
 
-__all__ = ["Criterion", "Evidence", "find_criterion", "register_criterion"]
+__all__ = ["AGREEMENT", "Criterion", "Evidence", "find_criterion", "register_criterion"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,17 @@ def cka(evidence: Evidence) -> float:
     return 1 - float((then.T @ now).square().sum()) / norms if norms else math.nan
 
 
+def _agreement(evidence: Evidence) -> float:
+    """Cosine of the validation gradient and the step that training would take: what ``learn_rates`` follows.
+
+    It is the gradient of the validation loss after that step by the group's rate, normalised and with the sign that
+    lowers the loss: hypergradient descent, arXiv 1703.04782, on validation data and for each group.
+    """
+    norms = _norm(evidence.validation) * _norm(evidence.steps)
+    return validation_gradient(evidence) / norms if norms else math.nan
+
+
+AGREEMENT = Criterion(_agreement, validation=True)
 _CRITERIA = {
     "relative_gradient_norm": Criterion(relative_gradient_norm),
     "gradient_snr": Criterion(gradient_snr),

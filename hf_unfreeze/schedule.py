@@ -21,7 +21,7 @@ import re
 from pathlib import Path
 
 from ._arguments import read_arguments
-from ._deciding import auto, build_named, freeze_converged, plateau, time_of
+from ._deciding import auto, auto_rates, build_named, freeze_converged, learn_rates, plateau, time_of
 from ._phases import Phase, Schedule
 from ._spec import Entry, Selector, Time, spec_of
 from .errors import ScheduleError
@@ -34,9 +34,11 @@ __all__ = [
     "Time",
     "all_at_once",
     "auto",
+    "auto_rates",
     "freeze_converged",
     "freeze_out",
     "gradual",
+    "learn_rates",
     "linear_probe",
     "parse_schedule",
     "parse_selectors",

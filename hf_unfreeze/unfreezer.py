@@ -80,7 +80,7 @@ class Unfreezer:
         offload_state: Whether the optimizer's state of frozen parameters lies in main memory.
         cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: what frozen blocks compute for
             an example is kept for the whole run.
-        probe: Batches on which ``auto`` and ``freeze_converged`` measure.
+        probe: Batches on which schedules measure where gradients decide, such as ``auto``.
 
     Raises:
         ScheduleError: The schedule cannot be read or does not fit the model or the run.
@@ -123,7 +123,7 @@ class Unfreezer:
         prober = partial(Prober, root, by_name, self.optimizer, self.schedule, probe)
         self.decisions = decisions_of(self.schedule, self.groups, total_steps, steps_per_epoch, prober)
         measure = self.decisions.measure
-        if kept is not None and measure and (self.schedule.name == "auto" or measure.criterion.outputs):
+        if kept is not None and measure and (self.schedule.name != "freeze_converged" or measure.criterion.outputs):
             raise UnfreezeError(
                 f"{self.schedule} measures inside frozen blocks, and the cache passes them over. "
                 "Write cache=None, or another schedule."

@@ -18,7 +18,7 @@ ORDER = ["errors", "_spec", "_named", "_arguments", "_phases", "_deciding", "sch
          "_rates", "_compiling", "_checkpointing", "_options", "_kept", "regularization",
          "_agreement", "_reducer", "_sharded", "distributed",
          "_shadow", "_keys", "_store", "_prefix", "_activations", "_exact", "_caching", "cache",
-         "criteria", "_outputs", "_probe", "_plateau", "_decisions", "_coverage",
+         "criteria", "_outputs", "_probe", "_plateau", "_replay", "_learnt", "_decisions", "_coverage",
          "unfreezer", "_history", "_plan", "_scale", "_watch", "_timeline", "_heatmap",
          "_trainer", "_live", "callback", "report", "_search", "cli", "__main__"]  # fmt: skip
 

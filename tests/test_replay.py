@@ -18,6 +18,8 @@ RUNS = {
     "rotate(blocks=1, every=2step, embeddings=false)": {},
     "plateau(eval_loss, patience=1)": EVALUATED,
     "freeze_converged(every=2step, percentile=90)": {},
+    "auto_rates(fisher, every=3step)": {},
+    "learn_rates(speed=0.3, start=0.5, every=3step)": {},
     "head@0, all@30%, -block[0:2]@8step": {},
 }
 

@@ -20,6 +20,8 @@ RUNS = {
     "freeze_converged(every=2step, batches=2, percentile=100)": {},
     "freeze_converged(cka, every=2step)": {},
     "rotate(blocks=1, every=2step)": {},
+    "auto_rates(every=2step, batches=2)": {},
+    "learn_rates(speed=0.3, start=0.5, every=2step, batches=2)": {},
     "plateau(eval_loss, patience=1, min_delta=0.5)": EVALUATED,
     "plateau(eval_loss, patience=1, min_delta=0.5, restore_best=true)": EVALUATED,
 }

@@ -1,0 +1,89 @@
+"""The rate of each group, set anew at regular times by what was measured: ``auto_rates`` and ``learn_rates``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ._named import multiple, openings
+from ._probe import Prober
+from ._replay import replayed
+from ._spec import Group
+from .schedule import Phase, Schedule
+
+__all__ = ["Learnt"]
+
+
+class Learnt:
+    """Multiplies the rate of each group by a factor in [0, 1]; 0 keeps it frozen. What it set is on record.
+
+    Args:
+        schedule: An ``auto_rates`` or ``learn_rates`` schedule.
+        groups: Layer groups, bottom → top.
+        measure: Gives each group its worth, or how far its next step agrees with validation data.
+        length: Optimizer updates of the whole run and of one epoch, where known.
+    """
+
+    keeps_best = False
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        groups: Sequence[Group],
+        measure: Prober,
+        length: tuple[int | None, int | None],
+    ) -> None:
+        given: dict[str, Any] = dict(schedule.arguments)
+        self._every = given["every"]
+        self._speed: float | None = given.get("speed")  # None: in proportion to the worth
+        self._groups, self._length = groups, length
+        top = openings(groups, {"blocks": 1, "embeddings": True})[0]
+        self._names = [group.name for group in groups if group.parameter_names]
+        self._set = self._names if self._speed is None else [name for name in self._names if name not in top]
+        self._choices = 0  # that are over
+        self.measure = measure
+        self.may_open = frozenset(self._names)
+        self.phases: tuple[Phase, ...] = (self._phase(0, dict.fromkeys(self._set, given.get("start", 1.0)), ""),)
+
+    def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
+        """Evaluations change nothing."""
+        return False
+
+    def replay(self, records: Iterable[Any], step: int) -> None:
+        """Take the rates of a run from its ``log_history``, up to a step."""
+        self.phases = tuple(replayed(records, step, self._groups, self.measure, after=-1)) or self.phases
+        while self._next() < step:
+            self._choices += 1
+
+    def advance(self, step: int) -> None:
+        """Set the rates anew, where that is due."""
+        due = -1
+        while (following := self._next()) <= step:  # in a short run two of them may fall on one step
+            due = following
+            self._choices += 1
+        if due >= 0:
+            self._choose(due)
+
+    def _next(self) -> int:
+        return multiple(self._every, self._choices + (self._speed is not None), self._length)
+
+    def _choose(self, step: int) -> None:
+        worth = self.measure(self._set)
+        last = self.phases[-1]
+        before = dict.fromkeys(self._set, 0.0) | dict.fromkeys(last.trainable, 1.0) | dict(last.rates)
+        most = max((value for value in worth.values() if value > 0), default=math.nan)
+        factors = {}
+        for name in self._set:
+            wanted = worth[name] / most if self._speed is None else before[name] + self._speed * worth[name]
+            factors[name] = before[name] if math.isnan(wanted) else min(1.0, max(0.0, wanted))
+        low, high = min(self._set, key=factors.__getitem__), max(self._set, key=factors.__getitem__)
+        reason = f"{self.measure.name}: from {low} at {factors[low]:.4g} to {high} at {factors[high]:.4g} of the rate"
+        phase = self._phase(step, factors, reason)
+        if (phase.trainable, phase.rates) != (last.trainable, last.rates):
+            self.phases = (*(() if step == 0 else self.phases), phase)
+
+    def _phase(self, start: int, factors: dict[str, float], reason: str) -> Phase:
+        factors = dict.fromkeys(self._names, 1.0) | factors
+        trainable = tuple(name for name in self._names if factors[name])
+        return Phase(start, trainable, reason, rates=tuple((n, factors[n]) for n in trainable if factors[n] != 1))
