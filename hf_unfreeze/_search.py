@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import re
 import shlex
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +29,10 @@ __all__ = ["SCHEDULES", "Search", "trials_figure", "trials_table"]
 SCHEDULES = ("head@0", "top(0.25)", "top(0.5)", "linear_probe(until=20%)", "gradual(every=10%)", "all_at_once")
 
 Row = dict[str, Any]
+_METRICS = re.compile(r"\{'[^{}]*\}")  # as the Trainer prints them
+_BARE = re.compile(r": (nan|-?inf)\b")
+_POLL = 0.1  # seconds between two looks at the log of a trial
+_ENOUGH = 3  # finished trials of a schedule, for a median
 
 
 @dataclass
@@ -41,6 +49,8 @@ class Search:
         layer_decay: Lowest and highest.
         learning_rate: Lowest and highest, drawn on a logarithmic scale.
         seed: Of the draws.
+        prune: Whether a trial ends at an evaluation that is worse than the median of what three or more finished trials
+            of its schedule had there. Other schedules do not count: one that opens late starts slowly.
     """
 
     script: Path
@@ -51,6 +61,7 @@ class Search:
     layer_decay: tuple[float, float] = (0.7, 1.0)
     learning_rate: tuple[float, float] = (1e-5, 1e-3)
     seed: int = 0
+    prune: bool = False
 
     def __post_init__(self) -> None:
         if not self.script.is_file():
@@ -67,7 +78,7 @@ class Search:
         return greater_is_better(self.metric, "auto")
 
     def run(self, trials: int) -> list[Row]:
-        """Run until there are so many finished trials, those of before included; return them, the best first.
+        """Run until there are so many trials, those of before included; return those not cut short, the best first.
 
         Raises:
             UnfreezeError: optuna is not installed, the folder holds another search, the script failed, or it did not
@@ -95,8 +106,8 @@ class Search:
         study.set_user_attr("asked", asked)
         # another seed than before: the draws of a search that goes on would be the same ones again
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
-        finished = [optuna.trial.TrialState.COMPLETE]
-        done = len(study.get_trials(states=finished))
+        finished, cut = [optuna.trial.TrialState.COMPLETE], [optuna.trial.TrialState.PRUNED]
+        done = len(study.get_trials(states=finished + cut))
         if trials > done:
             study.optimize(self._trial, n_trials=trials - done)
         rows = [
@@ -124,8 +135,7 @@ class Search:
         folder.mkdir(parents=True, exist_ok=True)
         own = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         command = [sys.executable, str(self.script), *self.arguments, *own, "--output_dir", str(folder)]
-        with (folder / "log.txt").open("w") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        code = self._watch(command, folder / "log.txt", trial)
         if code:
             said = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
             raise UnfreezeError(
@@ -133,6 +143,42 @@ class Search:
                 f"All it said is in {folder / 'log.txt'}."
             )
         return self._result(folder / "all_results.json")
+
+    def _watch(self, command: list[str], path: Path, trial: Any) -> int:
+        """Run a trial and report its evaluations; return its exit code, or end it where it does worse than others."""
+        told: list[float] = []
+        with path.open("w") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as child:
+            try:
+                while (code := child.poll()) is None:
+                    time.sleep(_POLL)
+                    self._report(path, trial, told)
+                    if self.prune and told and self._falls_behind(trial, told):
+                        from optuna import TrialPruned
+
+                        raise TrialPruned
+            finally:
+                child.kill()  # where it still runs: cut short, or the search was interrupted
+        self._report(path, trial, told)
+        if self.prune and not code and not told:
+            print(f"{path}: no evaluation told {self.metric}, so nothing is cut short.", file=sys.stderr)  # noqa: T201
+        return code
+
+    def _report(self, path: Path, trial: Any, told: list[float]) -> None:
+        for value in _evaluations(path.read_text(encoding="utf-8", errors="replace"), self.metric)[len(told) :]:
+            trial.report(value, len(told))
+            told.append(value)
+
+    def _falls_behind(self, trial: Any, told: list[float]) -> bool:
+        others = [
+            t.intermediate_values.get(len(told) - 1, math.nan)
+            for t in trial.study.get_trials(deepcopy=False)
+            if t.state.name == "COMPLETE" and t.params["schedule"] == trial.params["schedule"]
+        ]
+        others = [value for value in others if not math.isnan(value)]
+        if len(others) < _ENOUGH:
+            return False
+        ahead = told[-1] - statistics.median(others)
+        return bool(ahead < 0 if self.greater_is_better else ahead > 0)
 
     def _result(self, path: Path) -> float:
         results = json.loads(path.read_text()) if path.is_file() else {}
@@ -144,6 +190,17 @@ class Search:
         if math.isnan(results[self.metric]):
             print(f"{path}: {self.metric} is nan, so this trial does not count.", file=sys.stderr)  # noqa: T201
         return float(results[self.metric])
+
+
+def _evaluations(log: str, metric: str) -> list[float]:
+    """Return what the Trainer printed of a metric, evaluation by evaluation."""
+    found = []
+    for text in _METRICS.findall(log):
+        try:
+            found.append(float(ast.literal_eval(_BARE.sub(r": '\1'", text))[metric]))
+        except (ValueError, SyntaxError, KeyError, TypeError):  # a line of something else, or half of one
+            continue
+    return found
 
 
 def trials_table(rows: Sequence[Row], title: str) -> Table:

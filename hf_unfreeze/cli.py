@@ -80,12 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     search.add_argument("script", type=Path, metavar="SCRIPT", help="a recipe, or one with the same arguments")
     search.add_argument("--metric", default="eval_loss", help="key in its all_results.json")
-    search.add_argument("--trials", type=int, default=20, help="finished trials, those of before included")
+    search.add_argument("--trials", type=int, default=20, help="trials, those of before included")
     search.add_argument("--output", type=Path, default=Path("runs/search"), help="folder; a search there goes on")
     search.add_argument("--schedule", action="append", help="one to try; once for each, instead of five usual ones")
     for name, default in (("--layer-decay", (0.7, 1.0)), ("--learning-rate", (1e-5, 1e-3))):
         search.add_argument(name, type=float, nargs=2, default=default, metavar=("LOW", "HIGH"))
     search.add_argument("--seed", type=int, default=0, help="of the draws")
+    search.add_argument("--prune", action="store_true", help="end trials that fall behind others of their schedule")
     search.set_defaults(command=_search)
     for command in (plan, groups, architectures, search):
         command.add_argument("--json", action="store_true", help="JSON instead of a table")
@@ -193,6 +194,7 @@ def _search(arguments: argparse.Namespace) -> None:
         tuple(arguments.layer_decay),
         tuple(arguments.learning_rate),
         arguments.seed,
+        arguments.prune,
     )
     rows = search.run(arguments.trials)
     title = f"{len(rows)} trials of {arguments.script} by {arguments.metric}, the best first"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
 
-from hf_unfreeze._search import trials_figure
+from hf_unfreeze._search import _evaluations, trials_figure
 from hf_unfreeze.cli import main
 
 SCRIPT = """
@@ -70,6 +71,53 @@ def test_the_figure_has_every_trial():
     points = {tuple(point) for dots in axes.collections for point in dots.get_offsets().tolist()}
     assert points == {(1.0, 0.0), (0.1, 0.25), (0.01, 0.5)}
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["all_at_once", "head@0"]
+
+
+SLOW = """
+import json, pathlib, sys, time
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+rate = float(given["--learning_rate"])
+folder = pathlib.Path(given["--output_dir"])
+for epoch in range(4):
+    print({"loss": "1.2", "epoch": str(epoch)}, flush=True)
+    print("50%|#####     | 1/2\\r", {"eval_accuracy": f"{rate * epoch:.6g}", "epoch": str(epoch)}, flush=True)
+    time.sleep(0.5)
+(folder / "all_results.json").write_text(json.dumps({"eval_accuracy": rate * 3}))
+"""
+
+
+@pytest.mark.slow
+def test_what_falls_behind_the_median_of_its_schedule_is_cut_short(search, tmp_path, monkeypatch):
+    from hf_unfreeze import _search
+
+    monkeypatch.setattr(_search, "_POLL", 0.02)
+    (tmp_path / "script.py").write_text(SLOW)
+    low = ["--schedule", "all_at_once", "--learning-rate", "1e-5", "1e-2"]
+    code, rows = search(*low, "--trials", "3")
+    assert code == 0 and len(rows) == 3
+    code, rows = search(*low, "--trials", "5", "--prune")
+    results = [(tmp_path / "out" / f"trial-{i}" / "all_results.json").is_file() for i in range(5)]
+    assert code == 0 and results[:3] == [True] * 3 and len(rows) == sum(results) < 5
+    for number in (i for i in range(5) if not results[i]):
+        log = (tmp_path / "out" / f"trial-{number}" / "log.txt").read_text()
+        assert log.count("eval_accuracy") < 4
+    code, more = search(*low, "--trials", "5", "--prune")
+    assert more == rows, "what was cut short counts, and is not tried again"
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_evaluations_are_read_from_what_the_trainer_prints(make_trainer, capfd, quiet):
+    trainer = make_trainer(disable_tqdm=quiet, max_steps=3, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    shown = "".join(capfd.readouterr())
+    expected = [record["eval_loss"] for record in trainer.state.log_history if "eval_loss" in record]
+    assert _evaluations(shown, "eval_loss") == pytest.approx(expected, rel=1e-3) and len(expected) == 3
+
+
+def test_evaluations_among_other_lines():
+    log = "{'loss': '1'}\n 3%|# | 1/3\r{'eval_loss': '0.5', 'epoch': '1'}\n{'eval_loss': nan}{'eval_loss': 0.25, 'ep"
+    found = _evaluations(log + "\n{'eval_loss': 0.125, 'lr/block[0]': 1e-05}", "eval_loss")
+    assert found[::2] == [0.5, 0.125] and math.isnan(found[1]), "NaN has its place, half a line has none"
 
 
 @pytest.mark.parametrize(
