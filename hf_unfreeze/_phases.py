@@ -22,6 +22,7 @@ def is_transition(record: Any) -> bool:
         and isinstance(record.get("unfreeze/phase"), int)
         and isinstance(record.get("unfreeze/trainable"), str)
         and isinstance(record.get("step"), int)
+        and isinstance(record.get("unfreeze/rates", {}), dict)
     )
 
 
@@ -84,7 +85,7 @@ class Schedule:
             step, opened = record["step"], record["unfreeze/trainable"].split(",")
             entries += [Entry.parse(f"-all@{step}step")] if entries and opened != ["all"] else []
             entries += [Entry.parse(f"{selector}@{step}step") for selector in opened]
-            rates = record.get("unfreeze/rates") or {}
+            rates = record.get("unfreeze/rates", {})
             entries += [Entry.parse(f"{name}*{rate!r}@{step}step") for name, rate in rates.items()]
         if not entries:
             raise ScheduleError("this log_history has no transition. Take that of a run with UnfreezeCallback.")
@@ -106,8 +107,10 @@ class Schedule:
             ScheduleError: A selector matches nothing, or a phase would train nothing; all faults in one message.
         """
         length = total_steps, steps_per_epoch
-        named = NAMED[self.name].changes(groups, dict(self.arguments), length) if self.name else ()
-        changes = [(change, 1.0) for change in named] or self._changes(groups)
+        if self.name:
+            changes = [(change, 1.0) for change in NAMED[self.name].changes(groups, dict(self.arguments), length)]
+        else:
+            changes = self._changes(groups)
         timed = sorted(((time.to_step(*length), names, freeze, rate) for (time, names, freeze), rate in changes),
                        key=lambda change: change[0])  # fmt: skip
         rates: dict[str, float] = {}  # of what trains

@@ -25,5 +25,5 @@ def replayed(
         if is_transition(record) and record["step"] > last:
             last = record["step"]
             (phase,) = parse_selectors(record["unfreeze/trainable"]).phases(groups)
-            rates = tuple((record.get("unfreeze/rates") or {}).items())
+            rates = tuple(record.get("unfreeze/rates", {}).items())
             yield Phase(last, phase.trainable, record.get("unfreeze/reason", ""), rates=rates)

@@ -41,10 +41,15 @@ def test_a_replayed_run_ends_in_the_same_weights(make_trainer, tmp_path, spec):
     assert parse_schedule(str(schedule)) == schedule
 
 
+LOGGED = '{"log_history": [{"step": 0, "unfreeze/phase": 0, "unfreeze/trainable": "all", "unfreeze/rates": %s}]}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [(None, "FileNotFoundError"), ("{", "JSONDecodeError"), ("[]", "TypeError"), ("{}", "KeyError"),
-     ('{"log_history": [{"loss": 1}]}', "no transition"), ('{"log_history": 3}', "no transition")],
+     ('{"log_history": [{"loss": 1}]}', "no transition"),
+     (LOGGED % '{"head": "x"}', "a rate is a number above 0"), (LOGGED % 3, "no transition"),
+     ('{"log_history": 3}', "no transition")],
 )  # fmt: skip
 def test_what_cannot_be_replayed_is_told(tmp_path, text, message):
     path = tmp_path / "trainer_state.json"
