@@ -72,14 +72,14 @@ def plan_rows(
     parameters = dict(model.named_parameters())
     total = sum(parameter.numel() for parameter in parameters.values())
     rows = []
-    sets = [(phase.start, phase.trainable) for phase in phases] + [(None, trainable) for trainable in decided]
-    for number, (start, trainable) in enumerate(sets):
+    known = [(phase.start, phase.trainable, phase.rates) for phase in phases]
+    for number, (start, trainable, rates) in enumerate([*known, *((None, trainable, ()) for trainable in decided)]):
         names = set(trainable)
         members = [parameters[name] for group in groups if group.name in names for name in group.parameter_names]
         count, size = sum(p.numel() for p in members), sum(p.numel() * p.element_size() for p in members)
         epoch = start / steps_per_epoch if steps_per_epoch and start is not None else None
         state = None if copies is None else size * copies
-        spec = spec_of(trainable, groups)
+        spec = ", ".join([spec_of(trainable, groups), *(f"{name}*{rate:.4g}" for name, rate in rates)])
         rows.append(PlanRow(number, start, epoch, spec, count, count / total, size, state))
     return rows
 

@@ -20,8 +20,10 @@ from hf_unfreeze import (
     UnfreezeError,
     Unfreezer,
     freeze_out,
+    layer_groups,
     parse_schedule,
 )
+from hf_unfreeze._plan import plan_rows
 from hf_unfreeze.errors import ScheduleError
 
 LEVELS = [["embeddings", "block[0]"], ["block[1]"], ["block[2]"], ["block[3]"], ["head"]]
@@ -136,6 +138,13 @@ def test_a_phase_of_rates_alone_gives_early_stopping_no_new_patience(make_traine
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+def test_the_plan_tells_them():
+    model = tiny_bert()
+    phases = parse_schedule("head@0, block[-2:]*0.25@1step, all@2step").phases(layer_groups(model))
+    rows = plan_rows(model, layer_groups(model), phases)
+    assert [row.trainable for row in rows] == ["head", "block[2:4], head, block[2]*0.25, block[3]*0.25", "all"]
 
 
 def test_selectors_have_no_rates():
