@@ -30,7 +30,7 @@ from ._watch import watch
 from .cache import FrozenPrefixCache
 from .errors import UnfreezeError
 from .regularization import reinitialize as draw_anew
-from .schedule import Schedule, parse_schedule, parse_selectors
+from .schedule import Schedule, parse_schedule, parse_selectors, recommended
 from .unfreezer import Unfreezer
 
 __all__ = ["UnfreezeArguments", "UnfreezeCallback"]
@@ -60,8 +60,12 @@ class UnfreezeArguments:
         >>> Trainer(..., args=training_args, callbacks=[UnfreezeCallback.from_arguments(unfreeze_args)])
     """
 
-    schedule: str = field(
-        default="gradual", metadata={"help": "What trains when: 'head@0, block[-4:]@1ep, all@50%' or a named schedule."}
+    schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "What trains when: 'head@0, block[-4:]@1ep, all@50%' or a named schedule. Left out, top(0.5) and "
+            "the cache in memory."
+        },
     )
     layer_decay: str = field(
         default="1.0", metadata={"help": "Factor on the rate from each level to the one below it: 0.9, or 0.35->1.0."}
@@ -102,7 +106,8 @@ class UnfreezeCallback(TrainerCallback):
         >>> trainer.train()
 
     Args:
-        schedule: A spec string (see ``hf_unfreeze.schedule``) or a ``Schedule``.
+        schedule: A spec string (see ``hf_unfreeze.schedule``) or a ``Schedule``; left out, ``top(0.5)`` with the cache
+            in memory, unless ``cache`` says otherwise.
         layer_decay: Factor on the learning rate from each level to the one below it, in (0, 1]; ``"0.35->1.0"``
             changes it evenly from the first step to the last.
         block_warmup: Time over which the rate of a newly opened group rises to its full value, e.g. ``"50step"``.
@@ -127,7 +132,7 @@ class UnfreezeCallback(TrainerCallback):
 
     def __init__(
         self,
-        schedule: str | Schedule = "gradual",
+        schedule: str | Schedule | None = None,
         *,
         layer_decay: float | str = 1.0,
         block_warmup: str | None = None,
@@ -140,6 +145,7 @@ class UnfreezeCallback(TrainerCallback):
         reinitialize: str | None = None,
         cache: str | FrozenPrefixCache | None = None,
     ) -> None:
+        schedule, cache = recommended(schedule, cache)
         self.schedule = parse_schedule(schedule)
         self.layer_decay = layer_decay
         self.block_warmup = block_warmup

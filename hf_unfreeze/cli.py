@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UnfreezeError, near_match
+from .schedule import RECOMMENDED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     plan = commands.add_parser("plan", help="phases of a schedule on a model, and what each costs")
-    plan.add_argument("--schedule", default="gradual", help="e.g. 'head@0, block[-4:]@1ep, all@50%%'")
+    plan.add_argument("--schedule", default=RECOMMENDED, help="e.g. 'head@0, block[-4:]@1ep, all@50%%'")
     plan.add_argument("--epochs", type=float, help="epochs of the run")
     plan.add_argument("--steps-per-epoch", type=int, help="optimizer updates in one epoch")
     plan.add_argument("--max-steps", type=int, help="optimizer updates of the whole run, instead of --epochs")

@@ -29,7 +29,7 @@ from .groups import layer_groups
 from .optim import DropState, GroupRates, OffloadState, check_optimizer, raw_optimizer
 from .optim import group_weight_decay as group_weight_decay_of
 from .regularization import Pull, RaisedDropout
-from .schedule import Phase, Schedule, parse_schedule, spec_of
+from .schedule import Phase, Schedule, parse_schedule, recommended, spec_of
 
 __all__ = ["Transition", "Unfreezer"]
 
@@ -63,7 +63,8 @@ class Unfreezer:
     Args:
         model: The model, wrapped or not. Build the optimizer over all its parameters before.
         optimizer: A torch optimizer, or Accelerate's wrapper of one.
-        schedule: A spec string or a ``Schedule``.
+        schedule: A spec string or a ``Schedule``; left out, ``top(0.5)`` with the cache in memory, unless ``cache``
+            says otherwise.
         total_steps: Optimizer updates of the whole run; needed where a time is in ``%``.
         steps_per_epoch: Optimizer updates in one epoch; needed where a time is in ``ep``.
         layer_decay: Factor on the learning rate from each level to the one below it, in (0, 1]; ``"0.35->1.0"``
@@ -92,7 +93,7 @@ class Unfreezer:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        schedule: str | Schedule = "gradual",
+        schedule: str | Schedule | None = None,
         *,
         total_steps: int | None = None,
         steps_per_epoch: int | None = None,
@@ -115,6 +116,7 @@ class Unfreezer:
         check_optimizer(self.optimizer)
         root = unwrap(model)
         named = dict(root.named_parameters())
+        schedule, cache = recommended(schedule, cache)
         self.schedule = parse_schedule(schedule)
         self.groups = eligible_groups(root, layer_groups(root))
         self._members = [(group, [named[name] for name in group.parameter_names]) for group in self.groups]

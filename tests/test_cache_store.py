@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 from conftest import EXAMPLES, hashes, tiny_bert
-from test_cache import DOWN, batch_of, both, by_hand
+from test_cache import DOWN, batch_of, both, by_hand, count_rows
 from transformers import HfArgumentParser
 
-from hf_unfreeze import FrozenPrefixCache, UnfreezeArguments, UnfreezeCallback, UnfreezeError, _keys
+from hf_unfreeze import FrozenPrefixCache, UnfreezeArguments, UnfreezeCallback, UnfreezeError, Unfreezer, _keys
 from hf_unfreeze import _activations as activations_module
 from hf_unfreeze._keys import Unkeyed, fingerprint, read_batch
 from hf_unfreeze._store import DiskStore, MemoryStore
@@ -200,7 +200,7 @@ def test_arguments(tmp_path, monkeypatch):
     (arguments,) = parser.parse_args_into_dataclasses(["--cache", "memory"])
     json.dumps(vars(arguments))
     assert isinstance(UnfreezeCallback.from_arguments(arguments).cache.store, MemoryStore)
-    assert UnfreezeCallback().cache is None
+    assert UnfreezeCallback("gradual").cache is None
     cache = FrozenPrefixCache()
     assert UnfreezeCallback(cache=cache).cache is cache
     for wrong, message in (
@@ -219,3 +219,26 @@ def test_arguments(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(UnfreezeError, match=r"pip install 'hf-unfreeze\[cache\]'"):
         FrozenPrefixCache("disk", folder=tmp_path)
+
+
+@pytest.mark.parametrize("callback", [UnfreezeCallback, lambda: UnfreezeCallback.from_arguments(UnfreezeArguments())])
+def test_without_a_schedule_the_upper_half_trains_over_a_cache(make_trainer, callback):
+    trainer = make_trainer(callback(), num_train_epochs=2)
+    trainer.train()
+    (phase,) = [record for record in trainer.state.log_history if "unfreeze/phase" in record]
+    assert phase["unfreeze/trainable"] == "block[2:4], head"
+    (recommended,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, UnfreezeCallback)]
+    assert vars(recommended.cache.stats) == {"hits": EXAMPLES, "misses": EXAMPLES}
+    assert UnfreezeCallback(cache="off").cache is None
+
+
+def test_a_loop_without_a_schedule_has_the_same():
+    model = tiny_bert()
+    counts = count_rows(model)
+    unfreezer = Unfreezer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    for step in range(3):
+        unfreezer.step(step)
+        model(**batch_of(0, 1)).loss.backward()
+    assert counts[0] == counts[1] == 2, "rows, in three steps"
+    assert unfreezer.transition.trainable == "block[2:4], head"
+    unfreezer.close()

@@ -173,10 +173,11 @@ def test_a_decay_that_moves(make_trainer):
 
 
 def test_a_decay_as_text_is_the_number(make_trainer, text="0.9"):
-    (parsed,) = HfArgumentParser(UnfreezeArguments).parse_args_into_dataclasses(["--layer_decay", text])
+    (parsed,) = HfArgumentParser(UnfreezeArguments).parse_args_into_dataclasses(
+        ["--schedule", "all_at_once", "--layer_decay", text]
+    )
     callback = UnfreezeCallback.from_arguments(parsed)
     assert callback.layer_decay == text
-    callback.schedule = parse_schedule("all_at_once")
     trainer = make_trainer(callback, max_steps=3)
     trainer.train()
     assert hashes(trainer.model) == hashes(run(make_trainer, "all_at_once", layer_decay=0.9, max_steps=3,
