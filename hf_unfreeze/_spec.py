@@ -38,7 +38,7 @@ class Time:
     """A point in the run, or a distance in it, exact: ``Time.parse("1.5ep")``.
 
     Args:
-        value: Number of units, never negative; a whole number where the unit is ``step``.
+        value: Number of units, never negative, a decimal with an end; a whole number where the unit is ``step``.
         unit: ``step`` (optimizer updates), ``ep`` (epochs) or ``%`` (of all optimizer updates of the run).
     """
 
@@ -48,6 +48,11 @@ class Time:
     def __post_init__(self) -> None:
         if self.value == 0:
             object.__setattr__(self, "unit", "step")
+        if 10 ** self.value.denominator.bit_length() % self.value.denominator:  # has other factors than 2 and 5
+            near = math.ceil(self.value) if self.unit == "step" else f"{float(self.value):.4g}"
+            raise ScheduleError(
+                f"{self.value}{self.unit} has no end as a decimal. Write for instance {near}{self.unit}."
+            )
         if self.unit == "step" and self.value.denominator != 1:
             raise ScheduleError(f"{self}: steps are whole numbers. Write for instance {math.ceil(self.value)}step.")
         if self.unit == "%" and self.value > 100:
@@ -91,9 +96,7 @@ class Time:
         if self.value == 0:
             return "0"
         digits = 0
-        while self.value.denominator % 2 == 0 or self.value.denominator % 5 == 0:
-            if (self.value * 10**digits).denominator == 1:
-                break
+        while (self.value * 10**digits).denominator != 1:
             digits += 1
         number = f"{int(self.value * 10**digits):0{digits + 1}d}"
         return f"{number[:-digits]}.{number[-digits:]}{self.unit}" if digits else f"{number}{self.unit}"

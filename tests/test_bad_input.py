@@ -5,6 +5,8 @@ Schedules: test_schedule.py. Options: test_regularization.py. Trainer: test_engi
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 from conftest import tiny_bert
@@ -21,6 +23,7 @@ from hf_unfreeze import (
 )
 from hf_unfreeze.errors import OptimizerError, ScheduleError, StructureError
 from hf_unfreeze.report import timeline
+from hf_unfreeze.schedule import Time
 
 
 def unfreezer(schedule="gradual(every=1step)", **options):
@@ -59,6 +62,11 @@ CASES = {
         lambda: timeline([{"step": 1, "lr/head": 0.1, "loss": 1.0}], metric="eval_f2"),
         UnfreezeError,
         "'eval_f2' is not in this run",
+    ),
+    "a fifteenth of an epoch": (
+        lambda: Time(Fraction(1, 15), "ep"),
+        ScheduleError,
+        "1/15ep has no end as a decimal. .* 0.06667ep",
     ),
     "a schedule as bytes": (lambda: parse_schedule(b"gradual"), ScheduleError, "a string or a Schedule"),
     "a schedule as a class": (lambda: UnfreezeCallback(int), ScheduleError, "a string or a Schedule"),
