@@ -34,6 +34,8 @@ __all__ = [
     "PARTS",
     "QUIRKS",
     "RANKS",
+    "REVERSED",
+    "SEQUENTIAL",
     "SHARED_TABLE",
     "STACK_NAMES",
     "STAGE_INNER",
@@ -75,7 +77,7 @@ TOWER_CLASS = (r"^Encodec(En|De)coder$|^WavTokenizerEncoder$",)
 MIXES_TOKENS = (r"Attention$",)
 # Members of a list of stages that lead from one stage to the next.
 BETWEEN_STAGES = (r"Embeddings?$|Downsampl|PatchMerging",)
-STAGE_INNER = (r"^(blocks?|layers?|stage|resnets?|res_blocks|attentions|\d+)$",)
+STAGE_INNER = (r"^(blocks?|layers?|stage|group|resnets?|res_blocks|attentions|\d+)$",)
 
 STEM = (
     r"embed(?!_out|.*(head|predict))|^w[tp]e$|^(cls|mask|register|dist\w*|class|pos|meta|storage|query|special)_?tok|_tokens?$",
@@ -116,6 +118,8 @@ QUIRKS = (
     (r"VideoPrismVision", r"^layernorm1$", "connector"),
     (r"Blip\w*(Retrieval|WithProjection)$", r"^(vision|text)_proj(ection)?$", "head"),
     (r"MuseGlimmerAssistant", r"^encoder$", "embeddings"),
+    (r"^InklingModel", r"^audio_tower$", "embeddings"),
+    (r"^HieraForPreTraining", r"^(multiscale_fusion|encoder_norm)$", "connector"),
     (r"Canine", r"^(chars_to_molecules|projection)$", "connector"),
     (r"Sam\w*VisionEncoder|SamEncoder", r"^proj$", "connector"),
     (r"LocalEncoder", r"^patch_embedding_projection$", "connector"),
@@ -125,7 +129,7 @@ QUIRKS = (
 )
 CONNECTOR = (
     r"projector|connector|multi_?modal|^mm_|resampl|merger|aligner|bridge|abstractor|(visual|vision|language|modality|mm)_proj|_to_mm_",
-    r"^image_(newline|separator)|^view_separator|link_tower|^cross_modal_\w+_transform$|enc_to_dec_proj|^embed_(vision|audio)$|^adapter$",
+    r"^image_(newline|separator)|^view_separator|link_tower|^cross_modal_\w+_(transform|layernorm)$|enc_to_dec_proj|^embed_(vision|audio)$|^adapter$",
     r"^(image_to_)?(language|text|vision|audio|image|visual|speech)_(model_)?(projection|proj|adapter)$|qformer|^query_tokens$",
     r"^high_res_vision_|^(latents|semantic_adapter|fc_encoder|latent_proj|encoder_to_decoder|keypoint_encoder)$|quantize|quant_conv",
     r"^(duration|pitch|energy)_(predictor|embed)$",
@@ -138,7 +142,7 @@ SHARED_TABLE = (r"relative_attention_bias|rel_attn_embed|relative_bias|rel_pos_b
 INPUT_PROJECTION = (
     r"^((en|de)coder_)?input_proj|^level_embed|^conv_s\d|^compress_vit|^encoder_(conv|norm)|^enc_output",
     r"^query_position_embeddings_proj|^box_rpb_embed|^query_scale$|^ref_anchor_head$",
-    r"^(lateral|downsample)_convs$|^(fpn|pan)_blocks$|^ref_point_head$|^query_pos_head$|^query_input_projection$|^reference_points(_head)?$|^task_(encoder|project)$",
+    r"^(lateral|downsample)_convs$|^(fpn|pan)_blocks$|^ref_point_head$|^query_pos(ition)?_head$|^query_input_projection$|^reference_points(_head)?$|^task_(encoder|project)$",
 )
 # What a task class puts before its base model, and not on it.
 OUTER_STEM = (r"^embed_|^pre_projection$",)
@@ -276,6 +280,10 @@ RANKS = {
     "timestamp": 90,
     "vocoder": 95,
 }
+# Lists that a forward runs from the last to the first: the class that holds them.
+REVERSED = (r"^VitsResidualCouplingBlock$|^Emu3VQVAEUpBlock$",)
+# Lists before or after the one beside them, and not woven into it.
+SEQUENTIAL = (r"^(prior|post)_net$",)
 # Lists side by side that are stacks of their own and not one.
 APART = (r"^(spatial|temporal)_layers$|^[rx]_layers",)
 PARALLEL = (r"logit_scale|^temperature$|^logit_bias$",)

@@ -28,6 +28,8 @@ from ._roles import (
     NEVER_BLOCK,
     NOT_STACKS,
     PARTS,
+    REVERSED,
+    SEQUENTIAL,
     STAGE_INNER,
     TOWER_CLASS,
     TOWERS_INSIDE,
@@ -98,7 +100,9 @@ def _visit(module: nn.Module, path: str, no_split: frozenset[str]) -> Iterator[S
         elif matches(TOWER_CLASS, type(child).__name__):
             yield Stack(path, here, [(here,)], [0])
         elif isinstance(child, CONTAINERS) and is_sequence(child, no_split) and not matches(NEVER_BLOCK, name):
-            yield _stack(path, here, _members(child, here), no_split)
+            members = _members(child, here)
+            backwards = matches(REVERSED, type(module).__name__)
+            yield _stack(path, here, members[::-1] if backwards else members, no_split)
         else:
             yield from _visit(child, here, no_split)
 
@@ -128,7 +132,7 @@ def _numbered(module: nn.Module, no_split: frozenset[str]) -> list[list[str]]:
     runs: dict[str, list[str]] = {}
     for name, child in module.named_children():
         match = re.fullmatch(r"(\w*?[A-Za-z]_?)(\d+)", name)
-        if match and has_parameters(child) and not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        if match and has_parameters(child) and not isinstance(module, nn.ModuleList):
             nested = isinstance(child, CONTAINERS) and is_sequence(child, no_split)
             if nested or is_block(child, no_split):
                 runs.setdefault(match[1], []).append(name)
@@ -218,6 +222,7 @@ def _join_siblings(stacks: list[Stack], model: nn.Module) -> list[Stack]:
             continue
         kind = _class_of(model, twin), _class_of(model, stack)
         woven = len(stack.blocks) <= len(twin.blocks) and (kind[0] != kind[1] or _modality(stack) != _modality(twin))
+        woven = woven and not any(matches(SEQUENTIAL, word) for word in (name, twin.source.rpartition(".")[2]))
         if woven:
             step = max(1, len(twin.blocks) // len(stack.blocks))
             for i, block in enumerate(stack.blocks):
