@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 from embedded import tweets
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
+SEPARATORS = ",;\t"  # of the columns of a csv: the one that its first line has most often
 
 
 @dataclass
@@ -44,9 +47,10 @@ def load_splits(
 ) -> datasets.DatasetDict:
     """Return the splits train and validation, which have the ``columns``, of the files named or of ``embedded``.
 
-    Where no split serves for validation, a fifth of train is held out, the same one every time.
+    Where no split serves for validation, a fifth of train is held out, the same one every time. Rows where one of the
+    columns is empty are left out, and told.
     """
-    return _with_validation(_read(arguments, embedded), columns)
+    return _with_validation(_read(arguments, embedded), columns, arguments)
 
 
 def fewer(data: datasets.DatasetDict, arguments: DataArguments) -> datasets.DatasetDict:
@@ -73,12 +77,15 @@ def model_card(arguments: DataArguments, **embedded: str) -> dict[str, Any]:
     return card
 
 
-def _with_validation(data: datasets.DatasetDict, columns: Sequence[str]) -> datasets.DatasetDict:
+def _with_validation(
+    data: datasets.DatasetDict, columns: Sequence[str], arguments: DataArguments
+) -> datasets.DatasetDict:
     if "train" not in data:
         raise SystemExit(f"the data has no split 'train', only {', '.join(data)}.")
     held = next((name for name in ("validation", "test") if name in data), None)
     for name in ("train", held) if held else ("train",):
-        _check_columns(name, data[name], columns)
+        _check_columns(data[name], columns, arguments)
+        data[name] = _filled(name, data[name], columns)
     if held:
         return datasets.DatasetDict(train=data["train"], validation=data[held])
     if len(data["train"]) < 2:
@@ -105,21 +112,51 @@ def _read(arguments: DataArguments, embedded: Callable[[], datasets.DatasetDict]
 def _read_file(path: Path) -> datasets.Dataset:
     if path.suffix not in FORMATS or not path.is_file():
         raise SystemExit(f"{path} is no {', '.join(FORMATS)} file that exists.")
+    if path.suffix == ".csv":
+        return _read_csv(path)
     return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
 
 
-def _check_columns(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> None:
+def _read_csv(path: Path) -> datasets.Dataset:
+    """Read every cell as text: None, NA and 007 are labels like others, and only a cell without anything is empty."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            separator = max(SEPARATORS, key=file.readline().count)
+        cells = pandas.read_csv(path, sep=separator, dtype=str, keep_default_na=False, na_values=[""])
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not in UTF-8 ({error}). Save it as 'CSV UTF-8'.") from None
+    return datasets.Dataset.from_pandas(cells, preserve_index=False)
+
+
+def _check_columns(rows: datasets.Dataset, columns: Sequence[str], arguments: DataArguments) -> None:
     for column in columns:
         if column not in rows.column_names:
+            named = {value: name for name, value in vars(arguments).items() if name.endswith("_column")}
             raise SystemExit(
                 f"there is no column {column!r}; the data has {', '.join(rows.column_names)}. "
-                "Name yours with the arguments that end in _column."
+                f"Name yours: --{named[column]} NAME"
+                + ("; or put the images into one folder for each class." if rows.column_names == ["image"] else "")
             )
+
+
+def _filled(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> datasets.Dataset:
+    """Return the rows that have something in each of the columns, and tell which are left out."""
+    empty: dict[int, str] = {}  # row: its empty column
+    for column in columns:
         # as arrow, so that no image is decoded
         batches = rows.select_columns([column]).with_format("arrow").iter(1000)
-        empty = sum(batch[column].null_count for batch in batches)
-        if empty:
-            raise SystemExit(f"{empty} of {len(rows)} {split} rows have an empty {column!r}. Fill or drop them.")
+        nulls = (null for batch in batches for null in batch[column].is_null().to_pylist())
+        empty |= {number: column for number, null in enumerate(nulls) if null}
+    if empty:
+        told = ", ".join(f"{number + 1} ({column})" for number, column in sorted(empty.items())[:5])
+        more = ", …" if len(empty) > 5 else ""
+        print(
+            f"{len(empty)} of {len(rows)} {split} rows are left out: empty cells in row {told}{more}", file=sys.stderr
+        )
+        if len(empty) == len(rows):
+            raise SystemExit(f"no row of {split} is left.")
+        rows = rows.select([number for number in range(len(rows)) if number not in empty])
+    return rows
 
 
 def _sample(rows: datasets.Dataset, count: int) -> datasets.Dataset:
@@ -152,5 +189,7 @@ def class_names(data: datasets.DatasetDict, column: str = "label") -> list[str]:
 
 def labelled(labels: Sequence[str]) -> dict[str, Any]:
     """Return what ``from_pretrained`` takes for a head over these labels, numbered in their order."""
+    if len(labels) < 2:
+        raise SystemExit(f"a classifier needs two classes or more; the data has {', '.join(labels) or 'none'}.")
     numbers = {label: number for number, label in enumerate(labels)}
     return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers}

@@ -60,7 +60,7 @@ def test_own_file_of_two_columns(tmp_path, kind):
 
 def test_wrong_column_lists_the_columns(tmp_path):
     (tmp_path / "mine.csv").write_text("sentence,mood\nfine,good\n")
-    with pytest.raises(SystemExit, match="no column 'text'; the data has sentence, mood"):
+    with pytest.raises(SystemExit, match=r"the data has sentence, mood\\. Name yours: --text_column"):
         text_classification.main(["--train_file", str(tmp_path / "mine.csv"), "--output_dir", str(tmp_path)])
 
 
@@ -170,16 +170,43 @@ def test_a_rare_class_is_known_even_where_no_example_of_it_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("hole.csv", "text,label\nfine,1\n,0\nbad,0\n", "1 of 3 train rows have an empty 'text'"),
+        ("hollow.csv", "text,label\nfine,\n,0\n", "no row of train is left"),
+        ("latin.csv", b"text,label\nsch\xf6n,1\n", "not in UTF-8 .*Save it as 'CSV UTF-8'"),
         ("mine.xlsx", "x", "is no .csv, .json, .jsonl, .txt file that exists"),
         ("torn.json", "{", "cannot be read"),
     ],
 )
 def test_bad_files_are_refused_in_one_line(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     arguments = tables.TextArguments(train_file=str(tmp_path / name), validation_file=str(tmp_path / name))
     with pytest.raises(SystemExit, match=message):
         tables.load_texts(arguments)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_table_as_people_have_it(tmp_path, capsys, separator):
+    """Quotes, separators and line ends in cells, empty cells, a byte order mark, labels that look like nothing."""
+    rows = [
+        ["Größe; gut, sagt „sie“", "None"],
+        ['the "best"\nof\tall', "007"],
+        ["", "007"],
+        ["N/A", "None"],
+        ["fine", ""],
+    ]
+    with (tmp_path / "mine.csv").open("w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=separator).writerows([["Text", "Note"], *rows])
+    path = str(tmp_path / "mine.csv")
+    arguments = tables.TextArguments(train_file=path, validation_file=path, text_column="Text", label_column="Note")
+    data = tables.load_texts(arguments)
+    kept = {"text": [rows[0][0], rows[1][0], "N/A"], "label": ["None", "007", "None"]}
+    assert data["train"].to_dict() == data["validation"].to_dict() == kept
+    assert "2 of 5 train rows are left out: empty cells in row 3 (Text), 5 (Note)" in capsys.readouterr().err
+
+
+def test_one_class_is_not_classified(tmp_path):
+    data = write_csv(tmp_path / "mine.csv", [(f"text {i}", "fine") for i in range(9)])
+    with pytest.raises(SystemExit, match="two classes or more; the data has fine"):
+        text_classification.main(["--train_file", data, "--output_dir", str(tmp_path)])
 
 
 def test_a_misspelt_schedule_ends_the_script_in_one_line(monkeypatch):

@@ -149,7 +149,7 @@ def test_an_augmented_image_is_a_part_of_the_image_and_follows_the_seed():
     ("arguments", "message"),
     [
         (["--dataset_name", "{}/nowhere"], "nowhere cannot be read"),
-        (["--dataset_name", "{}/pictures/red"], "no column 'label'; the data has image"),
+        (["--dataset_name", "{}/pictures/red"], "no column 'label'; the data has image.*one folder for each class"),
         (["--dataset_name", "{}/pictures", "--image_column", "photo"], "no column 'photo'; the data has image, label"),
         (["--dataset_name", "{}/pictures", "--image_column", "label"], "'label' holds neither images nor paths"),
         (["--dataset_name", "{}/pictures", "--image_size", "16"], "vit takes other sizes on request only"),
