@@ -60,7 +60,7 @@ def test_own_file_of_two_columns(tmp_path, kind):
 
 def test_wrong_column_lists_the_columns(tmp_path):
     (tmp_path / "mine.csv").write_text("sentence,mood\nfine,good\n")
-    with pytest.raises(SystemExit, match=r"the data has sentence, mood\\. Name yours: --text_column"):
+    with pytest.raises(SystemExit, match=r"the data has sentence, mood\. Name yours: --text_column"):
         text_classification.main(["--train_file", str(tmp_path / "mine.csv"), "--output_dir", str(tmp_path)])
 
 
