@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import pandas
+from accelerate import PartialState
 from embedded import tweets
 
 FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".txt": "text"}
@@ -150,9 +151,9 @@ def _filled(split: str, rows: datasets.Dataset, columns: Sequence[str]) -> datas
     if empty:
         told = ", ".join(f"{number + 1} ({column})" for number, column in sorted(empty.items())[:5])
         more = ", …" if len(empty) > 5 else ""
-        print(
-            f"{len(empty)} of {len(rows)} {split} rows are left out: empty cells in row {told}{more}", file=sys.stderr
-        )
+        if PartialState().is_main_process:
+            message = f"{len(empty)} of {len(rows)} {split} rows are left out: empty cells in row {told}{more}"
+            print(message, file=sys.stderr)
         if len(empty) == len(rows):
             raise SystemExit(f"no row of {split} is left.")
         rows = rows.select([number for number in range(len(rows)) if number not in empty])
