@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -19,16 +20,19 @@ __all__ = ["Activations", "Stats", "blank"]
 
 PARTS = 4  # of like length, into which missing examples are divided: padding is computed for nothing
 CHECK_EVERY = 1000  # found examples, of which one is computed again
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest activation, else 5e-2: another batch shape
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest activation: another batch shape rounds anew
+HALF_TOLERANCE = 5e-2
 
 Forward = Callable[..., Any]
 
 
 class Stats(Protocol):
-    """Examples looked up so far: found, and computed."""
+    """Examples looked up so far: found, and computed; how many of these were timed, and their seconds."""
 
     hits: int
     misses: int
+    timed: int
+    seconds: float
 
 
 class Activations:
@@ -39,16 +43,20 @@ class Activations:
         store: Where activations are kept.
         stats: Counts lookups.
         dtype: What they are kept in; None: as they are.
+        prefix_dtype: What the blocks compute in; None: as the model.
     """
 
-    def __init__(self, prefix: Prefix, store: Store, stats: Stats, dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, prefix: Prefix, store: Store, stats: Stats, dtype: torch.dtype | None, prefix_dtype: str | None
+    ) -> None:
         self.prefix, self.store, self.stats, self.dtype = prefix, store, stats, dtype
+        self._coarse = prefix_dtype is not None
         self.wanted: set[int] = set()  # boundaries that this or a later phase of the schedule needs
         self._computed_in = torch.float32
         self._next_check = CHECK_EVERY
         self._parts = prefix.parts()
         library = getattr(sys.modules.get("transformers"), "__version__", None)
-        self._text = f"{prefix.text()}\n{torch.__version__} {library}"
+        self._text = f"{prefix.text()}\n{torch.__version__} {library} {prefix_dtype}"
         self._stamps: list[Any] = [None] * len(self._parts)
         self._digests = [b""] * len(self._parts)
         self._prints: dict[tuple[int, str], bytes] = {}
@@ -129,8 +137,11 @@ class Activations:
                 if start:
                     held = [row for row in map(found.get, part) if row is not None]
                     run.activation = self._assembled(batch, held, tokens)
+                began = time.perf_counter()
                 self._run_to_stop(run, forward, take(batch, part, tokens))
-                self.keep(batch, part, run.captured)
+                self.keep(batch, part, run.captured)  # copies to the host, and so waits for an accelerator
+                self.stats.seconds += time.perf_counter() - began
+                self.stats.timed += len(part)
                 computed.append((part, blank(batch, part, run.captured[boundary])))
             if not missing:
                 break
@@ -170,7 +181,8 @@ class Activations:
         self._run_to_stop(run, forward, take(batch, [places[chosen]]))
         stored = rows[chosen]
         again = run.captured[boundary][0, : stored.shape[0]].to("cpu", stored.dtype)
-        allowed = TOLERANCE.get(stored.dtype, 5e-2) * max(float(again.abs().max()), 1.0)
+        share = HALF_TOLERANCE if self._coarse else TOLERANCE.get(stored.dtype, HALF_TOLERANCE)
+        allowed = share * max(float(again.abs().max()), 1.0)
         difference = float((again - stored).abs().max())
         if not difference <= allowed:
             raise UnfreezeError(

@@ -63,12 +63,13 @@ class Caching:
         dtype: torch.dtype | None,
         model: nn.Module,
         upcoming: Callable[[], Sequence[Phase]],
+        prefix_dtype: str | None,
     ) -> None:
         self.off = ""
         self._model, self._upcoming = model, upcoming
         reason = unfit(model)
         prefixes = [] if reason else find_prefixes(model)
-        self._stacks = [_Stack(prefix, Activations(prefix, store, stats, dtype)) for prefix in prefixes]
+        self._stacks = [_Stack(prefix, Activations(prefix, store, stats, dtype, prefix_dtype)) for prefix in prefixes]
         if not self._stacks:
             self._say(reason or "the model has no stack of blocks, each one module, with embeddings below")
         self._stats = stats

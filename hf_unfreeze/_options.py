@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ._rates import parse_decay, parse_warmup
-from .errors import UnfreezeError
+from .errors import UnfreezeError, near_match
 from .optim import group_weight_decay
 
-__all__ = ["Options"]
+__all__ = ["HALVES", "Options"]
+
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Options:
     group_weight_decay: str | None = None
     drop_state: bool = False
     offload_state: bool = False
+    prefix_dtype: str | None = None
 
     def __post_init__(self) -> None:
         parse_decay(self.layer_decay)
@@ -35,6 +40,11 @@ class Options:
                 raise UnfreezeError(f"{name}={getattr(self, name)!r} is neither True nor False. Write one of them.")
         if self.drop_state and self.offload_state:
             raise UnfreezeError("drop_state and offload_state exclude each other. Choose one.")
+        if self.prefix_dtype is not None and self.prefix_dtype not in HALVES:
+            raise UnfreezeError(
+                f"prefix_dtype={self.prefix_dtype!r}: write {' or '.join(HALVES)}, or None for that of the model."
+                + near_match(str(self.prefix_dtype), HALVES)
+            )
 
 
 def _check_number(name: str, value: object, below: float) -> None:

@@ -118,7 +118,18 @@ def _draw_rates(axes: Any, names: Sequence[str], history: Records) -> Any:
     for row in range(1, len(names)):
         axes.axhline(row, color="white", linewidth=1.5)
     axes.set_title("Learning rate of each layer group (grey: frozen)", loc="left")
+    axes.set_title(_cache(history), loc="right", fontsize="small")
     return mesh
+
+
+def _cache(history: Records) -> str:
+    """Say what the frozen-prefix cache did by the last log, or nothing where there was none."""
+    last = next((record for record in reversed(history) if "unfreeze/cache_hits" in record), {})
+    asked = last.get("unfreeze/cache_hits", 0) + last.get("unfreeze/cache_misses", 0)
+    if not asked:
+        return ""
+    share, saved = last["unfreeze/cache_hits"] / asked, last["unfreeze/cache_seconds_saved"]
+    return f"cache: {share:.0%} found, {saved:.3g} s of computing saved"
 
 
 def trains(spec: str, name: str) -> bool:

@@ -31,10 +31,17 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass
 class CacheStats:
-    """Examples looked up so far: found, and computed."""
+    """Examples looked up so far: found, and computed; how many of these were timed, and their seconds."""
 
     hits: int = 0
     misses: int = 0
+    timed: int = 0
+    seconds: float = 0.0
+
+    @property
+    def seconds_saved(self) -> float:
+        """What computing the found ones would have taken, at the mean of those that were timed."""
+        return self.hits * self.seconds / self.timed if self.timed else 0.0
 
 
 class FrozenPrefixCache:
@@ -95,12 +102,30 @@ class FrozenPrefixCache:
         store, _, folder = cache.partition(":")
         return cls(store, folder=folder or None)
 
-    def follow(self, model: nn.Module, upcoming: Callable[[], Sequence[Phase]]) -> Follower:
+    def record(self) -> dict[str, float]:
+        """Return the statistics under the names that they have in a log.
+
+        Example:
+            >>> FrozenPrefixCache().record()["unfreeze/cache_hits"]
+            0
+        """
+        stats = self.stats
+        return {
+            "unfreeze/cache_hits": stats.hits,
+            "unfreeze/cache_misses": stats.misses,
+            "unfreeze/cache_bytes": self.store.nbytes,
+            "unfreeze/cache_seconds_saved": round(stats.seconds_saved, 3),
+        }
+
+    def follow(
+        self, model: nn.Module, upcoming: Callable[[], Sequence[Phase]], prefix_dtype: str | None = None
+    ) -> Follower:
         """Cache for a model from now on; used by ``Unfreezer``.
 
         Args:
             model: The model, without wrappers.
             upcoming: Returns the present and the later phases: what they will need is kept in passing.
+            prefix_dtype: What the frozen blocks compute in, where that is not the dtype of the model.
         """
-        self.active = Caching(self.store, self.stats, self.dtype, model, upcoming)
+        self.active = Caching(self.store, self.stats, self.dtype, model, upcoming, prefix_dtype)
         return self.active

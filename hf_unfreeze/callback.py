@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -26,6 +26,7 @@ from ._trainer import (
     show_timeline,
     steps_per_epoch,
 )
+from ._training_arguments import UnfreezeArguments
 from ._watch import watch
 from .cache import FrozenPrefixCache
 from .errors import UnfreezeError
@@ -50,54 +51,6 @@ _WATCHED = (
 )
 
 
-@dataclass
-class UnfreezeArguments:
-    """Arguments of UnfreezeCallback for ``HfArgumentParser``, beside ``TrainingArguments``.
-
-    Example:
-        >>> parser = HfArgumentParser((UnfreezeArguments, TrainingArguments))
-        >>> unfreeze_args, training_args = parser.parse_args_into_dataclasses()
-        >>> Trainer(..., args=training_args, callbacks=[UnfreezeCallback.from_arguments(unfreeze_args)])
-    """
-
-    schedule: str | None = field(
-        default=None,
-        metadata={
-            "help": "What trains when: 'head@0, block[-4:]@1ep, all@50%' or a named schedule. Left out, top(0.5) and "
-            "the cache in memory."
-        },
-    )
-    layer_decay: str = field(
-        default="1.0", metadata={"help": "Factor on the rate from each level to the one below it: 0.9, or 0.35->1.0."}
-    )
-    block_warmup: str | None = field(
-        default=None, metadata={"help": "Time over which a newly opened group warms up: 50step, 0.1ep or 2%."}
-    )
-    frozen_eval: bool = field(
-        default=True, metadata={"help": "Run frozen modules in eval mode (no dropout, BatchNorm statistics at rest)."}
-    )
-    pull: float = field(
-        default=0.0, metadata={"help": "Pull of opened weights back to the pretrained ones (L2-SP), e.g. 0.01."}
-    )
-    dropout: float = field(default=0.0, metadata={"help": "Least dropout probability of opened modules."})
-    group_weight_decay: str | None = field(
-        default=None, metadata={"help": "Weight decay of some groups: 'head=0.1, block[0:4]=0'."}
-    )
-    drop_state: bool = field(
-        default=False, metadata={"help": "Forget the optimizer's state of what is frozen again, to free its memory."}
-    )
-    offload_state: bool = field(
-        default=False, metadata={"help": "Keep the optimizer's state of what is frozen in main memory."}
-    )
-    reinitialize: str | None = field(
-        default=None, metadata={"help": "Groups drawn anew before the first step: 'block[-2:]'."}
-    )
-    cache: str | None = field(
-        default=None,
-        metadata={"help": "Keep what frozen blocks compute for an example: memory, disk, disk:FOLDER or off."},
-    )
-
-
 class UnfreezeCallback(TrainerCallback):
     """Opens the Trainer's model group by group on a schedule.
 
@@ -117,6 +70,7 @@ class UnfreezeCallback(TrainerCallback):
         group_weight_decay: Weight decay of some groups: ``"head=0.1, block[0:4]=0"``.
         drop_state: Whether the optimizer forgets its state of what is frozen again.
         offload_state: Whether the optimizer's state of what is frozen lies in main memory.
+        prefix_dtype: ``"bfloat16"`` or ``"float16"``: what the frozen blocks at the bottom compute in; not exact.
         reinitialize: Groups whose weights are drawn anew before the first step: ``"block[-2:]"``.
         cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: an example goes through the
             frozen blocks once in the run and not once in an epoch.
@@ -142,6 +96,7 @@ class UnfreezeCallback(TrainerCallback):
         group_weight_decay: str | None = None,
         drop_state: bool = False,
         offload_state: bool = False,
+        prefix_dtype: str | None = None,
         reinitialize: str | None = None,
         cache: str | FrozenPrefixCache | None = None,
     ) -> None:
@@ -155,6 +110,7 @@ class UnfreezeCallback(TrainerCallback):
         self.group_weight_decay = group_weight_decay
         self.drop_state = drop_state
         self.offload_state = offload_state
+        self.prefix_dtype = prefix_dtype
         self.reinitialize = reinitialize
         self._options()
         if reinitialize is not None:
@@ -228,6 +184,7 @@ class UnfreezeCallback(TrainerCallback):
             return
         current = self.unfreezer.transition
         extra: dict[str, float] = {f"lr/{name}": rate for name, rate in self.unfreezer.learning_rates().items()}
+        extra |= self.cache.record() if self.cache is not None else {}
         state.log_history[-1].update(extra)  # the Trainer has put a copy there before it calls us
         logs.update(extra)
         logs["unfreeze/phase"] = current.phase

@@ -18,7 +18,8 @@ from ._compiling import GraphLimit
 from ._coverage import check_covered, opened_since, warn_unreached
 from ._decisions import decisions_of
 from ._kept import BestWeights, Kept, Pretrained
-from ._options import Options
+from ._options import HALVES, Options
+from ._precision import PrefixPrecision
 from ._probe import Probe, Prober
 from ._rates import Multipliers
 from .cache import FrozenPrefixCache
@@ -79,6 +80,8 @@ class Unfreezer:
             stay without.
         drop_state: Whether the optimizer forgets its state of parameters that are frozen again.
         offload_state: Whether the optimizer's state of frozen parameters lies in main memory.
+        prefix_dtype: ``"bfloat16"`` or ``"float16"``: what the frozen blocks at the bottom compute in. Faster where
+            the hardware is, and not exact. Not under ``torch.compile``.
         cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: what frozen blocks compute for
             an example is kept for the whole run.
         probe: Batches on which schedules measure where gradients decide, such as ``auto``.
@@ -105,11 +108,20 @@ class Unfreezer:
         group_weight_decay: str | None = None,
         drop_state: bool = False,
         offload_state: bool = False,
+        prefix_dtype: str | None = None,
         cache: str | FrozenPrefixCache | None = None,
         probe: Probe | None = None,
     ) -> None:
         options = Options(
-            layer_decay, block_warmup, frozen_eval, pull, dropout, group_weight_decay, drop_state, offload_state
+            layer_decay,
+            block_warmup,
+            frozen_eval,
+            pull,
+            dropout,
+            group_weight_decay,
+            drop_state,
+            offload_state,
+            prefix_dtype,
         )
         refuse_wrappers(model)
         self.optimizer = raw_optimizer(optimizer)
@@ -149,7 +161,7 @@ class Unfreezer:
             stack.callback(self.close)  # what raises while hooks are set leaves none behind
             self._follow(model, root, named, options)
             if kept is not None:
-                self._followers.append(kept.follow(root, self._upcoming))
+                self._followers.append(kept.follow(root, self._upcoming, prefix_dtype))
             stack.pop_all()
 
     def _follow(self, model: nn.Module, root: nn.Module, named: dict[str, nn.Parameter], options: Options) -> None:
@@ -171,6 +183,8 @@ class Unfreezer:
             self._followers.append(DropState(self.optimizer, members.values()))
         if options.offload_state:
             self._followers.append(OffloadState(self.optimizer, members.values()))
+        if options.prefix_dtype:
+            self._followers.append(PrefixPrecision(root, HALVES[options.prefix_dtype]))
         if self.decisions.keeps_best:
             self.best = BestWeights(members, root.named_buffers())
             self._followers.append(self.best)

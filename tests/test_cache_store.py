@@ -15,6 +15,7 @@ from hf_unfreeze import FrozenPrefixCache, UnfreezeArguments, UnfreezeCallback, 
 from hf_unfreeze import _activations as activations_module
 from hf_unfreeze._keys import Unkeyed, fingerprint, read_batch
 from hf_unfreeze._store import DiskStore, MemoryStore
+from hf_unfreeze.report import timeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")
 IDS = torch.arange(3, 27).reshape(3, 8)
@@ -228,7 +229,7 @@ def test_without_a_schedule_the_upper_half_trains_over_a_cache(make_trainer, cal
     (phase,) = [record for record in trainer.state.log_history if "unfreeze/phase" in record]
     assert phase["unfreeze/trainable"] == "block[2:4], head"
     (recommended,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, UnfreezeCallback)]
-    assert vars(recommended.cache.stats) == {"hits": EXAMPLES, "misses": EXAMPLES}
+    assert (recommended.cache.stats.hits, recommended.cache.stats.misses) == (EXAMPLES, EXAMPLES)
     assert UnfreezeCallback(cache="off").cache is None
 
 
@@ -242,3 +243,15 @@ def test_a_loop_without_a_schedule_has_the_same():
     assert counts[0] == counts[1] == 2, "rows, in three steps"
     assert unfreezer.transition.trainable == "block[2:4], head"
     unfreezer.close()
+
+
+def test_logs_and_timeline_say_what_the_cache_did(make_trainer):
+    trainer = make_trainer(UnfreezeCallback("head@0", cache="memory"))
+    trainer.train()
+    logs = [record for record in trainer.state.log_history if "loss" in record]
+    examples = len(trainer.train_dataset)
+    counted = [(r["unfreeze/cache_hits"], r["unfreeze/cache_misses"]) for r in (logs[0], logs[6], logs[-1])]
+    assert counted == [(0, 4), (0, examples), (2 * examples, examples)]
+    assert logs[-1]["unfreeze/cache_bytes"] == examples * 8 * 16 * 4
+    assert 0 == logs[0]["unfreeze/cache_seconds_saved"] < logs[-1]["unfreeze/cache_seconds_saved"]
+    assert timeline(trainer).axes[0].get_title("right").startswith("cache: 67% found, ")
