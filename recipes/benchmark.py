@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
     check("tasks", benchmark_args.tasks, list(TASKS))
     check("methods", benchmark_args.methods, [method.name for method in METHODS])
     check("clock", [benchmark_args.clock], ["wall", "cpu"])
+    needed = {method.needs for method in METHODS if method.name in benchmark_args.methods} - {""}
+    if missing := [name for name in sorted(needed) if find_spec(name) is None]:
+        raise SystemExit(
+            f"{' and '.join(missing)} is not installed. Run: pip install '.[benchmark]', or leave out what needs it: "
+            "--methods 'full fine-tuning' 'upper half, cache' …"
+        )
     if benchmark_args.quick:
         benchmark_args.seeds = 2
         benchmark_args.max_train_samples = benchmark_args.max_eval_samples = 32

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +14,10 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from hf_unfreeze import UnfreezeCallback, layer_groups, parse_schedule
+
+BATCH = 16
+PEER = "finetuning_scheduler"
+PROCESS = Path("/proc/self")
 
 
 def lora(model: nn.Module) -> nn.Module:
@@ -45,47 +51,73 @@ class Method(NamedTuple):
     options: dict[str, Any] | None = None
     change: Callable[[nn.Module], nn.Module] = nn.Module.train
     factor: float = 1.0  # on every learning rate that is tried: adapters and heads want higher ones
+    needs: str = ""  # a package; PEER trains by itself, on Lightning's trainer
 
 
 CACHED = {"cache": "memory"}
+UPPER = {"schedule": "top(0.5)", **CACHED}
+IN_TURN = {"schedule": "head@0, block[-1]@1ep, block[-2:]@2ep"}
 METHODS = [
     Method("full fine-tuning", (1, 2, 3)),
-    Method("upper half, cache", (1, 2, 3), {"schedule": "top(0.5)", **CACHED}),
+    Method("upper half, cache", (1, 2, 3), UPPER),
     Method("upper third, cache", (2, 3), {"schedule": "top(0.33)", **CACHED}),
     Method("linear probing, cache", (10,), {"schedule": "head@0", **CACHED}, factor=10),
     Method("gradual, cache", (3,), {"schedule": "gradual(every=12%)", **CACHED}),
     Method("LP-FT, cache", (2,), {"schedule": "linear_probe(until=20%)", **CACHED}),
+    Method("upper half, cache, bfloat16 below", (2,), {**UPPER, "prefix_dtype": "bfloat16"}),
+    Method("a block an epoch, cache", (3,), {**IN_TURN, **CACHED}),
+    Method("a block an epoch, finetuning-scheduler", (3,), IN_TURN, needs=PEER),
     Method("layer decay 0.8", (2,), {"schedule": "all_at_once", "layer_decay": 0.8}),
     Method("upper half, frozen by hand", (2,), None, by_hand),
-    Method("LoRA", (2,), None, lora, factor=3),
+    Method("LoRA", (2,), None, lora, factor=3, needs="peft"),
 ]
 
 
 class Clock(TrainerCallback):
-    """Seconds of each epoch: of the wall, and of all processors."""
+    """Seconds of each epoch, of the wall and of all processors, and its peak of memory."""
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self) -> None:
         self.wall: list[float] = []
         self.cpu: list[float] = []
+        self.memory: list[int] = []
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        forget_peak()
         self._start = time.perf_counter(), time.process_time()
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         self.wall.append(time.perf_counter() - self._start[0])
         self.cpu.append(time.process_time() - self._start[1])
+        self.memory.append(peak())
+
+
+def forget_peak() -> None:
+    """Begin to look for the highest use of memory."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif PROCESS.exists():
+        (PROCESS / "clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Return the most bytes in use since then: of the GPU, else of the process; 0 where nobody says."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    lines = (PROCESS / "status").read_text().splitlines() if PROCESS.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def train(task: Task, method: Method, epochs: int, rate: float, seed: int, folder: str) -> dict[str, Any]:
     """Train once, evaluate once at the end, and return what was measured."""
     set_seed(seed)
+    gc.collect()
     model = method.change(task.load())
     arguments: dict[str, Any] = {
         "output_dir": folder,
         "num_train_epochs": epochs,
         "learning_rate": rate * method.factor,
         "seed": seed,
-        "per_device_train_batch_size": 16,
+        "per_device_train_batch_size": BATCH,
         "per_device_eval_batch_size": 64,
         "save_strategy": "no",
         "report_to": "none",
@@ -93,6 +125,7 @@ def train(task: Task, method: Method, epochs: int, rate: float, seed: int, folde
         **task.arguments,
     }
     clock = Clock()
+    ours = [UnfreezeCallback(**method.options)] if method.options and method.needs != PEER else []
     trainer: Trainer = task.trainer(
         model=model,
         args=task.training_arguments(**arguments),
@@ -100,15 +133,22 @@ def train(task: Task, method: Method, epochs: int, rate: float, seed: int, folde
         eval_dataset=task.data["validation"],
         data_collator=task.collate,
         compute_metrics=task.compute_metrics,
-        callbacks=[clock] if method.options is None else [UnfreezeCallback(**method.options), clock],
+        callbacks=[*ours, clock],
     )
     trainer.remove_callback(PrinterCallback)
-    loss = trainer.train().training_loss
-    state = trainer.optimizer.state.values()
+    if method.needs == PEER:
+        from benchmark_peer import fit
+
+        loss, optimizer = fit(trainer, method.options["schedule"], clock)
+    else:
+        loss, optimizer = trainer.train().training_loss, trainer.optimizer
     return {
         "wall": clock.wall,
         "cpu": clock.cpu,
+        "memory": clock.memory,
         "loss": loss,
         "quality": trainer.evaluate()[f"eval_{task.metric}"],
-        "optimizer_bytes": sum(v.nbytes for entry in state for v in entry.values() if isinstance(v, torch.Tensor)),
+        "optimizer_bytes": sum(
+            v.nbytes for entry in optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)
+        ),
     }

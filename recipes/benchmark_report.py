@@ -30,6 +30,7 @@ class Row(NamedTuple):
     seconds: list[float]  # of a whole run, without evaluation
     each_epoch: list[float]
     optimizer_bytes: int
+    peak_bytes: int  # of the process, or of the GPU
 
     @property
     def quality(self) -> float:
@@ -53,6 +54,7 @@ def rows_of(runs: Sequence[Run], task: str, better: int, clock: str) -> list[Row
                 [sum(run[clock]) for run in members],
                 [statistics.median(epoch) for epoch in zip(*(run[clock] for run in members), strict=True)],
                 members[0]["optimizer_bytes"],
+                int(statistics.median(max(run["memory"]) for run in members)),
             )
         )
     return rows
@@ -69,8 +71,8 @@ def table(rows: Sequence[Row], better: int) -> str:
     best = max((row for row in rows if row.method == FULL), key=lambda row: better * row.quality, default=rows[0])
     measure = statistics.median(best.seconds)
     lines = [
-        "| method | epochs | rate | mean | each seed | seconds | of full | each epoch | optimizer MB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | epochs | rate | mean | each seed | seconds | of full | each epoch | optimizer MB | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         seconds = statistics.median(row.seconds)
@@ -84,6 +86,7 @@ def table(rows: Sequence[Row], better: int) -> str:
             f"{seconds / measure:.2f}",
             " ".join(f"{epoch:.3g}" for epoch in row.each_epoch),
             f"{row.optimizer_bytes / 1e6:.1f}",
+            f"{row.peak_bytes / 1e6:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [

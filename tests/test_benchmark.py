@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import benchmark
 from benchmark_methods import METHODS
 from benchmark_report import best_rate, fastest_equal, rows_of, table
+from conftest import tiny_bert
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),  # Trainer's default
@@ -22,7 +23,8 @@ pytestmark = [
 
 def entry(method, epochs, seed, rate, quality, seconds):
     of = {"task": "text", "method": method, "epochs": epochs, "seed": seed, "rate": rate}
-    return {**of, "quality": quality, "wall": [seconds] * epochs, "cpu": [0.0] * epochs, "optimizer_bytes": 0}
+    return {**of, "quality": quality, "wall": [seconds] * epochs, "cpu": [0.0] * epochs, "memory": [2_000_000] * epochs,
+            "optimizer_bytes": 0}  # fmt: skip
 
 
 RUNS = [
@@ -51,6 +53,16 @@ def test_time_at_equal_quality_is_of_the_shortest_run_within_the_margin():
     assert fastest_equal(rows, "head", 0.745, 1) is None
     text = table(rows, 1)
     assert "* half: 0.40" in text and "* head: not reached" in text
+
+
+def test_the_peer_gets_the_same_phases():
+    from benchmark_peer import phases_of
+
+    phases = phases_of(tiny_bert(), "head@0, block[-1]@1ep, block[-2:]@2ep", epochs=3, steps_per_epoch=7)
+    kinds = [{name.split(".")[4] for name in phase["params"] if ".layer." in name} for phase in phases.values()]
+    assert kinds == [set(), {"3"}, {"2"}]
+    assert [phase["max_transition_epoch"] for phase in phases.values()] == [1, 2, 3]
+    assert phases[0]["params"][-1] == "model.classifier.bias"
 
 
 @pytest.mark.slow
