@@ -54,8 +54,11 @@ class PrefixPrecision:
     def _through(
         self, number: int, index: int, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        given = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point())
-        if index >= self._boundaries[number] or torch.is_autocast_enabled(given.device.type):
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        given = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
+        if index >= self._boundaries[number] or given is None or given.element_size() <= 2:
+            return original(*args, **kwargs)
+        if torch.is_autocast_enabled(given.device.type):  # the Trainer's bf16=True does this to the whole model
             return original(*args, **kwargs)
         with torch.autocast(given.device.type, self._dtype):
             output = original(*args, **kwargs)

@@ -15,7 +15,6 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from hf_unfreeze import UnfreezeCallback, layer_groups, parse_schedule
 
-BATCH = 16
 PEER = "finetuning_scheduler"
 PROCESS = Path("/proc/self")
 
@@ -107,48 +106,53 @@ def peak() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def train(task: Task, method: Method, epochs: int, rate: float, seed: int, folder: str) -> dict[str, Any]:
-    """Train once, evaluate once at the end, and return what was measured."""
+def trainer_of(
+    task: Task, method: Method, rate: float, seed: int, clock: Clock, *callbacks: TrainerCallback, **arguments: Any
+) -> Trainer:
+    """Make the Trainer of one run by a method; ``arguments`` are of ``TrainingArguments``."""
     set_seed(seed)
-    gc.collect()
-    model = method.change(task.load())
-    arguments: dict[str, Any] = {
-        "output_dir": folder,
-        "num_train_epochs": epochs,
+    fixed: dict[str, Any] = {
         "learning_rate": rate * method.factor,
         "seed": seed,
-        "per_device_train_batch_size": BATCH,
+        "per_device_train_batch_size": 16,
         "per_device_eval_batch_size": 64,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
         **task.arguments,
     }
-    clock = Clock()
+    model = method.change(task.load())
     ours = [UnfreezeCallback(**method.options)] if method.options and method.needs != PEER else []
     trainer: Trainer = task.trainer(
         model=model,
-        args=task.training_arguments(**arguments),
+        args=task.training_arguments(**fixed, **arguments),
         train_dataset=task.data["train"],
         eval_dataset=task.data["validation"],
         data_collator=task.collate,
         compute_metrics=task.compute_metrics,
-        callbacks=[*ours, clock],
+        callbacks=[*ours, *callbacks, clock],
     )
     trainer.remove_callback(PrinterCallback)
-    if method.needs == PEER:
+    return trainer
+
+
+def train(task: Task, method: Method, epochs: int, rate: float, seed: int, folder: str) -> dict[str, Any]:
+    """Train once, evaluate once at the end, and return what was measured."""
+    gc.collect()
+    clock = Clock()
+    trainer = trainer_of(task, method, rate, seed, clock, output_dir=folder, num_train_epochs=epochs)
+    if method.options and method.needs == PEER:
         from benchmark_peer import fit
 
         loss, optimizer = fit(trainer, method.options["schedule"], clock)
     else:
         loss, optimizer = trainer.train().training_loss, trainer.optimizer
+    state = optimizer.state.values()
     return {
         "wall": clock.wall,
         "cpu": clock.cpu,
         "memory": clock.memory,
         "loss": loss,
         "quality": trainer.evaluate()[f"eval_{task.metric}"],
-        "optimizer_bytes": sum(
-            v.nbytes for entry in optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)
-        ),
+        "optimizer_bytes": sum(v.nbytes for entry in state for v in entry.values() if isinstance(v, torch.Tensor)),
     }

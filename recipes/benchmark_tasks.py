@@ -58,11 +58,12 @@ class Task:
 
 
 def text(limits: DataArguments) -> Task:
-    """Sentiment of tweets with a MiniLM, 6 blocks."""
+    """Sentiment of tweets with a MiniLM, 6 blocks; or a model and texts of one's own."""
     arguments = TextArguments(**vars(limits))
+    name = arguments.model_name_or_path or minilm()
     data = load_texts(arguments)
     labels = class_names(data)
-    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    tokenizer = AutoTokenizer.from_pretrained(name)
 
     def encode(batch: dict) -> dict:
         tokens = tokenizer(batch["text"], truncation=True, max_length=arguments.max_length)
@@ -73,7 +74,7 @@ def text(limits: DataArguments) -> Task:
         1,
         (1e-4, 3e-4, 1e-3),
         fewer(data, limits).map(encode, batched=True, remove_columns=["text"]),
-        lambda: AutoModelForSequenceClassification.from_pretrained(minilm(), **labelled(labels)),
+        lambda: AutoModelForSequenceClassification.from_pretrained(name, **labelled(labels)),
         DataCollatorWithPadding(tokenizer),
         classification_metrics,
     )

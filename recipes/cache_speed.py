@@ -15,25 +15,17 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
+from benchmark_methods import Clock, Method, trainer_of
+from benchmark_tasks import Task, text
 from common import parse, run
-from embedded import minilm
 from rich.console import Console
 from rich.table import Table
-from tables import TextArguments, class_names, fewer, load_texts
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from tables import TextArguments
+from transformers import TrainerCallback
 
 from hf_unfreeze import UnfreezeCallback
 
@@ -48,70 +40,26 @@ class SpeedArguments:
     output: str = field(default="cache_speed.json", metadata={"help": "Where the numbers go."})
 
 
-class Method(NamedTuple):
-    """A row of the table."""
-
-    name: str
-    schedule: str | None
-    cache: str | None = None
-
-
 SCHEDULES = {
     "gradual, to 3 blocks": "head@0, block[-1]@1ep, block[-2:]@2ep, block[-3:]@3ep",
     "top 3 blocks": "block[-3:]@0, head@0",
     "head alone": "head@0",
 }
-METHODS = [Method("full fine-tuning", None)]
+METHODS = [Method("full fine-tuning", ())]
 for name, schedule in SCHEDULES.items():
-    METHODS += [Method(name, schedule), Method(f"{name}, cache", schedule, "memory")]
+    METHODS += [
+        Method(name, (), {"schedule": schedule}),
+        Method(f"{name}, cache", (), {"schedule": schedule, "cache": "memory"}),
+    ]
+RATE = 3e-4
+FOLDER = "runs/cache_speed"
 
 
-class EpochSeconds(TrainerCallback):
-    """Seconds of each epoch."""
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds: list[float] = []
-
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = time.perf_counter()
-
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
-
-
-class Setup:
-    """Data and model of every run, made once."""
-
-    def __init__(self, data_args: TextArguments) -> None:
-        data = load_texts(data_args)
-        self.labels = class_names(data)
-        self.name = data_args.model_name_or_path or minilm()
-        self.tokenizer = AutoTokenizer.from_pretrained(self.name)
-
-        def encode(batch: dict) -> dict:
-            tokens = self.tokenizer(batch["text"], truncation=True, max_length=data_args.max_length)
-            return {**tokens, "label": [self.labels.index(label) for label in batch["label"]]}
-
-        self.data = fewer(data, data_args)["train"].map(encode, batched=True, remove_columns=["text"])
-
-    def trainer(self, epochs: int, *callbacks: TrainerCallback, **arguments: Any) -> Trainer:
-        set_seed(0)
-        model = AutoModelForSequenceClassification.from_pretrained(self.name, num_labels=len(self.labels))
-        fixed = {"output_dir": "runs/cache_speed", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
-        training_args = TrainingArguments(
-            num_train_epochs=epochs, per_device_train_batch_size=16, learning_rate=3e-4, **fixed, **arguments
-        )
-        collator = DataCollatorWithPadding(self.tokenizer)
-        trainer = Trainer(model, training_args, collator, self.data, callbacks=list(callbacks))
-        trainer.remove_callback(PrinterCallback)
-        return trainer
-
-    def measure(self, method: Method, epochs: int) -> dict[str, Any]:
-        """Train once by a method."""
-        seconds = EpochSeconds()
-        used = [] if method.schedule is None else [UnfreezeCallback(method.schedule, cache=method.cache)]
-        trainer = self.trainer(epochs, *used, seconds)
-        return {"loss": trainer.train().training_loss, "seconds": seconds.seconds}
+def measure(task: Task, method: Method, epochs: int) -> dict[str, Any]:
+    """Train once by a method."""
+    clock = Clock()
+    trainer = trainer_of(task, method, RATE, 0, clock, output_dir=FOLDER, num_train_epochs=epochs)
+    return {"loss": trainer.train().training_loss, "seconds": clock.wall}
 
 
 class OwnTime(TrainerCallback):
@@ -142,11 +90,11 @@ class OwnTime(TrainerCallback):
         return timed
 
 
-def overhead(setup: Setup, steps: int) -> float:
+def overhead(task: Task, steps: int) -> float:
     """Return the share of a step that the callback takes when everything trains and nothing is frozen."""
     callback = UnfreezeCallback("all_at_once")
     own = OwnTime(callback)
-    setup.trainer(1, callback, own, max_steps=steps).train()
+    trainer_of(task, METHODS[0], RATE, 0, Clock(), callback, own, output_dir=FOLDER, max_steps=steps).train()
     return own.own / own.total
 
 
@@ -178,18 +126,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print the table, write the numbers."""
     speed_args, data_args = parse(arguments, {}, SpeedArguments, TextArguments)
     transformers.utils.logging.set_verbosity_error()
-    setup = Setup(data_args)
+    task = text(data_args)
     results: dict[str, list[dict[str, Any]]] = {method.name: [] for method in METHODS}
     for _ in range(speed_args.repeats):
         for method in METHODS:
-            results[method.name].append(setup.measure(method, speed_args.epochs))
-    share = overhead(setup, speed_args.overhead_steps)
+            results[method.name].append(measure(task, method, speed_args.epochs))
+    share = overhead(task, speed_args.overhead_steps)
     console = Console(width=120)
     console.print(table(results))
     console.print(f"the callback itself, with nothing frozen: {100 * share:.4f} % of a step")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     numbers = versions | {
-        "examples": len(setup.data),
+        "examples": len(task.data["train"]),
         "threads": torch.get_num_threads(),
         "callback_share": share,
         "methods": {name: {"seconds": median_epochs(runs), "runs": runs} for name, runs in results.items()},
