@@ -18,7 +18,9 @@ from .errors import UnfreezeError
 
 __all__ = ["Activations", "Stats", "blank"]
 
-PARTS = 4  # of like length, into which missing examples are divided: padding is computed for nothing
+# Tokens of one part of like length, into which missing examples are divided, since padding is computed for nothing.
+# What a forward costs besides its tokens is worth some thirty of a small model's on a CPU, and thousands elsewhere.
+PART_TOKENS, PART_TOKENS_ELSEWHERE = 200, 8192
 CHECK_EVERY = 1000  # found examples, of which one is computed again
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest activation: another batch shape rounds anew
 HALF_TOLERANCE = 5e-2
@@ -97,9 +99,9 @@ class Activations:
         if not missing:
             return self._assembled(batch, found)
         computed = self._compute(boundary, batch, missing, forward)
-        first = computed[0][1]
+        members, first = computed[0]
         tokens = batch.tokens if batch.padded else first.shape[1]
-        if len(first) == batch.size and first.shape[1] == tokens:  # all missing, in one part: in their order
+        if members == list(range(batch.size)) and first.shape[1] == tokens:
             return first
         result = first.new_zeros((batch.size, tokens, *first.shape[2:]))
         if found:
@@ -124,6 +126,7 @@ class Activations:
     ) -> list[tuple[list[int], torch.Tensor]]:
         """Compute examples up to a boundary, each from as high as it is stored; keep what later phases need too."""
         computed = []
+        part_tokens = PART_TOKENS if self.prefix.device.type == "cpu" else PART_TOKENS_ELSEWHERE
         lower = sorted((b for b in self.wanted if b < boundary and not self.prefix.splits(b)), reverse=True)
         for start in (*lower, 0):
             rows = self._get(batch, missing, start) if start else [None] * len(missing)
@@ -132,7 +135,7 @@ class Activations:
                 continue
             found = dict(zip(missing, rows, strict=True))
             missing = [index for index in missing if index not in members]
-            for part, tokens in by_length(batch, members, PARTS):
+            for part, tokens in by_length(batch, members, part_tokens):
                 run = Run(start, stop=boundary, capture=self.between(start, boundary))
                 if start:
                     held = [row for row in map(found.get, part) if row is not None]

@@ -117,9 +117,9 @@ def _device_keys(parts: Sequence[_Part], lengths: torch.Tensor, kept: torch.Tens
 
 
 def take(batch: Batch, rows: list[int], tokens: int = 0) -> dict[str, Any]:
-    """Return the arguments for some examples of a batch, cut to their first ``tokens`` where that is not 0."""
+    """Return the arguments for some examples of a batch, in this order, cut to ``tokens`` where that is not 0."""
     taken = batch.inputs
-    if len(rows) < batch.size:
+    if rows != list(range(batch.size)):
         taken = {
             name: value[rows] if isinstance(value, torch.Tensor) and value.shape[:1] == (batch.size,) else value
             for name, value in taken.items()
@@ -130,8 +130,8 @@ def take(batch: Batch, rows: list[int], tokens: int = 0) -> dict[str, Any]:
     return taken
 
 
-def by_length(batch: Batch, rows: Sequence[int], parts: int) -> list[tuple[list[int], int]]:
-    """Divide examples into so many parts of like length, each with the tokens that it needs.
+def by_length(batch: Batch, rows: Sequence[int], part_tokens: int) -> list[tuple[list[int], int]]:
+    """Divide examples into parts of like length, of about ``part_tokens`` or more, each with the tokens that it needs.
 
     A batch whose arguments are not all along the tokens, so that they could not be cut, stays in one part: (rows, 0).
     """
@@ -141,6 +141,7 @@ def by_length(batch: Batch, rows: Sequence[int], parts: int) -> list[tuple[list[
     ):
         return [(list(rows), 0)]
     ordered = sorted(rows, key=lambda row: batch.lengths[row])
+    parts = max(1, sum(batch.lengths[row] for row in ordered) // part_tokens)
     size = -(-len(ordered) // parts)
     pieces = [ordered[first : first + size] for first in range(0, len(ordered), size)]
     return [(piece, batch.lengths[piece[-1]]) for piece in pieces]

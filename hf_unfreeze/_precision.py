@@ -68,4 +68,4 @@ class PrefixPrecision:
 
 
 def _as(dtype: torch.dtype, value: Any) -> Any:
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    return value.type(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--metric", default="eval_loss", help="key in its all_results.json")
     search.add_argument("--trials", type=int, default=20, help="trials, those of before included")
     search.add_argument("--output", type=Path, default=Path("runs/search"), help="folder; a search there goes on")
-    search.add_argument("--schedule", action="append", help="one to try; once for each, instead of five usual ones")
+    search.add_argument("--schedule", action="append", help="one to try; once for each, instead of the usual ones")
     for name, default in (("--layer-decay", (0.7, 1.0)), ("--learning-rate", (1e-5, 1e-3))):
         search.add_argument(name, type=float, nargs=2, default=default, metavar=("LOW", "HIGH"))
     search.add_argument("--seed", type=int, default=0, help="of the draws")

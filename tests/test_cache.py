@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_unfreeze import FrozenPrefixCache, UnfreezeCallback, Unfreezer
-from hf_unfreeze._keys import read_batch, take
+from hf_unfreeze._keys import by_length, read_batch, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")
 DOWN = "head@0, block[-1]@1ep, block[-2:]@2ep"
@@ -128,8 +128,9 @@ def test_padding_to_different_lengths(make_trainer):
     assert (cache.stats.hits, cache.stats.misses) == (3 * EXAMPLES, EXAMPLES)
 
 
-def test_padding_is_left_out_where_the_frozen_blocks_run():
+def test_padding_is_left_out_where_the_frozen_blocks_run(monkeypatch):
     """Missing examples run in parts of like length, one alone at its own; a batch that was padded on stays so wide."""
+    monkeypatch.setattr("hf_unfreeze._activations.PART_TOKENS", 16)
     data = ragged_data()
     batches = [pad(data[:7]), pad(data[7:14]), pad(data[14:21]), pad(data[21:22]), pad(data[5:9])]
     batches[3] = {k: nn.functional.pad(v, (0, 3)) if k != "labels" else v for k, v in batches[3].items()}
@@ -161,10 +162,21 @@ def test_padding_is_left_out_where_the_frozen_blocks_run():
     assert (computed[3], computed[4]) == (lengths[2][0], 0)
 
 
+def test_parts_hold_the_tokens_asked_for():
+    lengths = [5, 3, 9, 4, 8, 7]
+    mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+    batch = read_batch({"input_ids": torch.ones(6, 9, dtype=torch.long), "attention_mask": mask}, ragged=True)
+    assert by_length(batch, range(6), 12) == [([1, 3], 4), ([0, 5], 7), ([4, 2], 9)]
+    assert by_length(batch, [4, 0, 1], 12) == [([1, 0, 4], 8)]  # one part, though not as long as the batch
+    assert by_length(batch, range(6), 100) == [([1, 3, 0, 5, 4, 2], 9)]
+
+
 def test_what_is_one_number_for_an_example_goes_with_it():
     table = torch.arange(12).reshape(3, 4)
     taken = take(read_batch({"input_ids": table, "language": torch.tensor([7, 8, 9])}, ragged=True), [2, 0])
     assert taken["language"].tolist() == [9, 7] and taken["input_ids"].tolist() == table[[2, 0]].tolist()
+    turned = take(read_batch({"input_ids": table}, ragged=True), [2, 0, 1])
+    assert turned["input_ids"].tolist() == table[[2, 0, 1]].tolist()
 
 
 def test_padding_on_the_left_belongs_to_the_key(make_trainer):
