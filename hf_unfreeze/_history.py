@@ -1,4 +1,4 @@
-"""Transitions in ``state.log_history``, which every checkpoint carries: written, read back, compared with a plan."""
+"""Transitions in ``state.log_history``, which every checkpoint carries: read back, compared with a plan."""
 
 from __future__ import annotations
 
@@ -7,22 +7,9 @@ from typing import Any
 
 from ._phases import is_transition
 from .schedule import spec_of
-from .unfreezer import Transition, Unfreezer
+from .unfreezer import Unfreezer
 
-__all__ = ["as_record", "divergence", "past_transitions"]
-
-
-def as_record(transition: Transition) -> dict[str, Any]:
-    """Return a transition as a record of ``log_history``, without step and epoch; with a reason where it has one."""
-    reason = {"unfreeze/reason": transition.reason} if transition.reason else {}
-    rates = {"unfreeze/rates": dict(transition.rates)} if transition.rates else {}
-    return {
-        "unfreeze/phase": transition.phase,
-        "unfreeze/trainable": transition.trainable,
-        "unfreeze/trainable_params": transition.trainable_params,
-        **reason,
-        **rates,
-    }
+__all__ = ["divergence", "past_transitions"]
 
 
 def past_transitions(log_history: Iterable[Any]) -> list[dict[str, Any]]:

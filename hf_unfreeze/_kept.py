@@ -31,7 +31,7 @@ class Kept:
         self.weights: dict[str, torch.Tensor] = {}
         self._tensors: dict[str, torch.Tensor] = dict(parameters)
         self._option = option
-        self._file = file
+        self.file = file
 
     def update(self) -> None:
         """Keep the weights of what has opened just now."""
@@ -41,7 +41,7 @@ class Kept:
 
     def save(self, checkpoint: Path) -> None:
         """Put the copies into a checkpoint, which holds the trained weights."""
-        save_file({name: weight.cpu() for name, weight in self.weights.items()}, checkpoint / self._file)
+        save_file({name: weight.cpu() for name, weight in self.weights.items()}, checkpoint / self.file)
 
     def load(self, checkpoint: Path | None) -> None:
         """Take the copies from a checkpoint: by now the model holds trained weights.
@@ -49,12 +49,21 @@ class Kept:
         Raises:
             UnfreezeError: The checkpoint was written without them.
         """
-        if checkpoint is None or not (checkpoint / self._file).is_file():
+        path = checkpoint and checkpoint / self.file
+        self.take_over(load_file(path) if path and path.is_file() else None, f"the checkpoint {checkpoint}")
+
+    def take_over(self, weights: Mapping[str, torch.Tensor] | None, source: str) -> None:
+        """Take the copies that another run has saved.
+
+        Raises:
+            UnfreezeError: There are none.
+        """
+        if weights is None:
             raise UnfreezeError(
-                f"the checkpoint {checkpoint} has no {self._file}: it was written with {self._option}, and the weights "
+                f"{source} has no {self.file}: it was written with {self._option}, and the weights "
                 f"to return to are not in it. Write {self._option}, or start again from the pretrained model."
             )
-        for name, weight in load_file(checkpoint / self._file).items():
+        for name, weight in weights.items():
             self.weights[name] = weight.to(self._tensors[name])
 
 

@@ -74,7 +74,10 @@ class Prober:
         self.name: str = given.get("criterion", "validation_agreement")
         self.criterion = find_criterion(self.name) if "criterion" in given else AGREEMENT
         if probe is None:
-            raise ScheduleError(f"{schedule} needs batches to measure on. Train with a data set that has a length.")
+            raise ScheduleError(
+                f"{schedule} needs batches to measure on. Train with a data set that has a length; in your own loop "
+                "pass probe=Probe(loss, batches), from hf_unfreeze.unfreezer."
+            )
         if self.criterion.validation and probe.validation is None:
             raise ScheduleError(f"{schedule} needs validation data. Pass eval_dataset to the Trainer.")
         for parameter in (p for parameters in members.values() for p in parameters.values()):

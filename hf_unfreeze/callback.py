@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ._history import as_record, divergence, past_transitions
+from ._history import divergence, past_transitions
 from ._live import LiveView
 from ._options import Options
 from ._plan import plan_rows, plan_table, state_copies
@@ -27,6 +27,7 @@ from ._trainer import (
     steps_per_epoch,
 )
 from ._training_arguments import UnfreezeArguments
+from ._transition import as_record
 from ._watch import watch
 from .cache import FrozenPrefixCache
 from .errors import UnfreezeError
@@ -162,7 +163,7 @@ class UnfreezeCallback(TrainerCallback):
             self._live = LiveView(trainer, self.unfreezer, self._steps_per_epoch, self.cache)
         if state.is_world_process_zero and not args.disable_tqdm:
             self._print_plan(model, state)
-        self.unfreezer.decisions.replay(state.log_history, state.global_step)
+        self.unfreezer.memory.replay(state.log_history, state.global_step)
         if state.global_step and (different := divergence(self.unfreezer, state.log_history, state.global_step)):
             warnings.warn(different, UserWarning, stacklevel=2)
         for kept in self.unfreezer.kept if state.global_step else ():

@@ -112,6 +112,11 @@ class GroupRates:
         self._rates = [group.get("lr") for group in optimizer.param_groups]
         if not self._decay and all(multiplier == 1.0 for multiplier in self._used.values()):
             return
+        if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+            raise OptimizerError(
+                "ZeroRedundancyOptimizer copies its param groups one by one to an optimizer inside, so there can be no "
+                "more of them in a step. Leave layer_decay and what else gives groups rates out, or shard with FSDP2."
+            )
         self._own = optimizer.param_groups
         optimizer.param_groups = [part for group in self._own for part in self._split(group)]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,8 @@ from ._options import HALVES, Options
 from ._precision import PrefixPrecision
 from ._probe import Probe, Prober
 from ._rates import Multipliers
+from ._resume import Memory
+from ._transition import Transition
 from .cache import FrozenPrefixCache
 from .distributed import of_rank_0, process_followers, refuse_wrappers, unwrap
 from .errors import UnfreezeError
@@ -32,21 +33,9 @@ from .optim import group_weight_decay as group_weight_decay_of
 from .regularization import Pull, RaisedDropout
 from .schedule import Phase, Schedule, parse_schedule, recommended, spec_of
 
-__all__ = ["Transition", "Unfreezer"]
+__all__ = ["Probe", "Transition", "Unfreezer"]
 
 _ANNOUNCED = 32  # phases that ranks compare ahead: a schedule that rotates has thousands
-
-
-@dataclass(frozen=True)
-class Transition:
-    """What changed at a step: the phase that began, its trainable set as a spec, that set's parameters, why, rates."""
-
-    step: int
-    phase: int
-    trainable: str
-    trainable_params: int
-    reason: str = ""
-    rates: tuple[tuple[str, float], ...] = ()
 
 
 class Unfreezer:
@@ -163,6 +152,7 @@ class Unfreezer:
             if kept is not None:
                 self._followers.append(kept.follow(root, self._upcoming, prefix_dtype))
             stack.pop_all()
+        self.memory = Memory(self.schedule, self.decisions, self.kept)
 
     def _follow(self, model: nn.Module, root: nn.Module, named: dict[str, nn.Parameter], options: Options) -> None:
         """Set up what has to follow the flags."""
@@ -206,8 +196,10 @@ class Unfreezer:
         """
         if self._closed:
             raise UnfreezeError("this Unfreezer is closed. Make a new one for another run.")
+        self.memory.begin(global_step)
         self._step = global_step
         self.decisions.advance(global_step)
+        self.memory.note_measured(global_step)
         number = bisect_right(self.phases, global_step, key=lambda phase: phase.start) - 1
         phase = self.phases[number]
         if phase is self._current:
@@ -221,6 +213,7 @@ class Unfreezer:
             follower.update()
         spec = spec_of(phase.trainable, self.groups)
         self._transition = Transition(global_step, number, spec, self.parameters_in(phase), phase.reason, phase.rates)
+        self.memory.note_transition(self._transition)
         return self._transition
 
     def observe(self, metrics: Mapping[str, Any], global_step: int | None = None) -> None:
@@ -231,8 +224,28 @@ class Unfreezer:
             global_step: Optimizer updates done so far; by default one more than at the last ``step()``.
         """
         step = self._step + 1 if global_step is None else global_step
-        if self.schedule.name == "plateau" and self.decisions.observe(of_rank_0(metrics), step) and self.best:
+        if self.schedule.name != "plateau":
+            return
+        agreed = of_rank_0(metrics)
+        self.memory.note([agreed], step)
+        if self.decisions.observe(agreed, step) and self.best:
             self.best.take()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run needs that goes on from here, for ``accelerator.register_for_checkpointing(unfreezer)``.
+
+        A schedule of set times needs nothing but the step. What data decided is in here, and the weights that ``pull``,
+        ``restore_best`` and ``stop=no_gain`` return to.
+        """
+        return self.memory.state(self._step + 1 if self._current else 0)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict()`` returned; then call ``step()`` with the step at which the run goes on.
+
+        Raises:
+            UnfreezeError: This run has begun already, or the other kept no weights to return to.
+        """
+        self.memory.load(state, self._current is not None)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -251,11 +264,7 @@ class Unfreezer:
 
     def take_records(self) -> list[dict[str, Any]]:
         """Return what was measured since the last call, for a log: a resumed run needs it there."""
-        measure = self.decisions.measure
-        if measure is None:
-            return []
-        records, measure.records = measure.records, []
-        return records
+        return self.memory.take_records()
 
     @property
     def transition(self) -> Transition:

@@ -1,11 +1,12 @@
-"""The text classifier in a training loop of your own: no Trainer, three lines of hf_unfreeze.
+"""The text classifier in a training loop of your own: no Trainer, three lines of hf_unfreeze, or five.
 
 python recipes/accelerate_loop.py
     trains a MiniLM on 2,400 tweets, no hub needed, about two minutes on two CPU cores
 accelerate launch --config_file recipes/launch/two_cpu_processes.yaml recipes/accelerate_loop.py
     the same on two processes; recipes/launch has files for GPUs, FSDP2 and several machines
 python recipes/accelerate_loop.py --resume_from runs/accelerate_loop/epoch-1
-    goes on after the first epoch. What trains is a function of the step, so nothing of hf_unfreeze is in the checkpoint
+    goes on after the first epoch. Where what trains is a function of the step, nothing of hf_unfreeze is needed in the
+    checkpoint; `register_for_checkpointing` and `observe` are for plateau(accuracy), --pull, and schedules that measure
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     unfreezer = Unfreezer(
         model, optimizer, **vars_of(unfreeze_args), total_steps=total_steps, steps_per_epoch=steps_per_epoch
     )
+    accelerator.register_for_checkpointing(unfreezer)
 
     step, losses = 0, []
     if args.resume_from:
@@ -110,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
                 break
         metrics = evaluate(accelerator, model, eval_loader)
         accelerator.print(f"epoch {epoch + 1}: {metrics}")
+        unfreezer.observe(metrics, step)
         accelerator.save_state(f"{args.output_dir}/epoch-{epoch + 1}")
     unfreezer.close()
 

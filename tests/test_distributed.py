@@ -30,7 +30,7 @@ TWO_CPUS = [*ACCELERATE, str(LAUNCH_FILES / "two_cpu_processes.yaml")]
 SENT = [2584] * 2 + [20376] * 2 + [38168] * 2 + [55960] * 2 + [73752] * 2 + [146200] * 3
 EXACT = ["plain", "finds_unused", "static_graph", "bucket_view", "small_buckets", "accumulated",
          "accumulated_bucket_view", "checkpointed", "checkpointed_reentrant", "checkpointed_static_graph",
-         "compiled", "subgroup"]  # fmt: skip
+         "compiled", "compiled_inside", "subgroup"]  # fmt: skip
 LOSSY = ["fp16_hook", "bf16_hook", "powersgd_hook"]
 
 pytestmark = pytest.mark.slow
@@ -75,6 +75,7 @@ def test_two_ranks_equal_one_process_and_send_what_trains(ddp, scenario):
     assert result["sent"] == result["trainable"] == SENT
     assert result["restored"], "after close() DDP reduces everything again"
     assert bool(result["bucket_view"]) is scenario.endswith("bucket_view")
+    assert (result["buckets"][-1] > 1) is (scenario == "small_buckets")
 
 
 def rows_on_paper(schedule: str, **options) -> dict:
@@ -137,6 +138,17 @@ def test_a_model_frozen_before_it_was_wrapped_is_refused(ddp):
     assert result["kept"] == "", "frozen for good is nobody's business"
 
 
+def test_options_of_ddp_that_keep_a_list_of_parameters_are_refused(ddp):
+    assert "mixed_precision in Accelerate's config" in ddp["refused_options"]["mixed_precision"]
+    assert "delay_all_reduce_named_params, which gives frozen" in ddp["refused_options"]["delayed"]
+
+
+def test_an_optimizer_that_divides_its_state_trains_and_is_refused_rates_for_groups(ddp):
+    result = ddp["sharded_optimizer"]
+    assert result["equal"] and result["distance"] < 1e-12
+    assert result["refused"].startswith("OptimizerError: ZeroRedundancyOptimizer copies its param groups one by one")
+
+
 def test_without_torchs_private_names_it_falls_back_or_names_the_cure(ddp):
     result = ddp["without_private_names"]
     assert result["equal"]
@@ -155,14 +167,16 @@ def test_ranks_with_other_metrics_and_other_gradients_decide_alike(tmp_path):
         assert first == second and result[scenario]["equal"], scenario
         assert [start for start, *_ in first] == [0, 4, 7, 9] and "going back to it" in first[-1][2]
     assert result["alike"]["phases"] == result["apart"]["phases"]
+    assert result["resumed"] == result["apart"], "from the state that one rank has saved"
 
 
 def test_ranks_that_disagree_all_raise_before_a_weight_moves(tmp_path):
-    results = children("disagree", tmp_path, "schedule", "set", "step")[0]
+    results = children("disagree", tmp_path, "schedule", "set", "step", "sharded")[0]
     said = {
         "schedule": ["from step 2 all", "from step 2 block[3], head"],
         "set": ["at step 0 trains head", "at step 0 trains block[3]"],
         "step": ["at step 0 trains head", "at step 3 trains all"],
+        "sharded": ["at step 0 trains head", "at step 0 trains block[3]"],
     }
     for scenario, both in said.items():
         for error in results[scenario]["errors"]:

@@ -22,7 +22,9 @@ from shared import (
     train,
 )
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _MixedPrecision
 
 from hf_unfreeze import Unfreezer
 
@@ -46,6 +48,7 @@ def compare(
     checkpointing=None,
     prepare=lambda model: model,
     compiled=False,
+    inside=False,
     hook=default_hooks.allreduce_hook,
     state=None,
     builtin=None,
@@ -63,7 +66,7 @@ def compare(
     optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-2)
     train(whole, Unfreezer(whole, optimizer, schedule, layer_decay=0.9), optimizer, micros=micros)
 
-    ddp = DistributedDataParallel(model, **options)
+    ddp = DistributedDataParallel(torch.compile(model, backend="eager") if inside else model, **options)
     counted, sent = counting(hook)
     if builtin is None:
         ddp.register_comm_hook(state, counted)
@@ -74,9 +77,11 @@ def compare(
     unfreezer = Unfreezer(wrapped, optimizer, schedule, layer_decay=0.9)
     trainable: list[int] = []
     bytes_of_step: list[int] = []
+    buckets: list[int] = []
 
     def after(step: int) -> None:
         bytes_of_step.append(sum(sent))
+        buckets.append(len(sent))
         sent.clear()
         trainable.append(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
 
@@ -84,7 +89,7 @@ def compare(
     data = ddp._get_ddp_logging_data()
     result = {
         "equal": ranks_equal(model), "distance": distance(model, whole), "sent": bytes_of_step, "trainable": trainable,
-        "hook": data.get("comm_hook"), "bucket_view": data["gradient_as_bucket_view"],
+        "hook": data.get("comm_hook"), "bucket_view": data["gradient_as_bucket_view"], "buckets": buckets,
     }  # fmt: skip
     unfreezer.close()
     held = ddp._get_ddp_logging_data()["num_parameter_tensors"]
@@ -166,6 +171,38 @@ def again() -> dict:
     return {"equal": all(equal)}
 
 
+def refused_options() -> dict:
+    """Options under which DDP keeps a list of parameters of its own."""
+    late = fp64_bert()
+    wrapped = {
+        "mixed_precision": DistributedDataParallel(fp64_bert(), mixed_precision=_MixedPrecision(torch.float32)),
+        "delayed": DistributedDataParallel(
+            late, delay_all_reduce_named_params=[("classifier.weight", late.classifier.weight)],
+            param_to_hook_all_reduce=late.classifier.bias,
+        ),
+    }  # fmt: skip
+    return {
+        name: message(lambda ddp=ddp: Unfreezer(ddp, torch.optim.SGD(ddp.parameters(), lr=1e-2), SCHEDULE))
+        for name, ddp in wrapped.items()
+    }
+
+
+def sharded_optimizer() -> dict:
+    """torch's optimizer that divides its state among the ranks, beside one process; and with rates for groups."""
+    whole = fp64_bert().train()
+    optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-2)
+    train(whole, Unfreezer(whole, optimizer, SCHEDULE), optimizer)
+    model = fp64_bert().train()
+    ddp = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, lr=1e-2)
+    unfreezer = Unfreezer(ddp, optimizer, SCHEDULE)
+    train(ddp, unfreezer, optimizer, rank)
+    unfreezer.close()
+    result = {"equal": ranks_equal(model), "distance": distance(model, whole)}
+    unfreezer = Unfreezer(ddp, optimizer, SCHEDULE, layer_decay=0.9)
+    return {**result, "refused": message(lambda: train(ddp, unfreezer, optimizer, rank))}
+
+
 def without_private_names() -> dict:
     """A release of torch in which the reducer cannot be rebuilt."""
     wrapped = {key: DistributedDataParallel(fp64_bert().train(), find_unused_parameters=key == "finds")
@@ -199,6 +236,7 @@ SCENARIOS = {
     "checkpointed_reentrant": partial(compare, checkpointing=True),
     "checkpointed_static_graph": partial(compare, checkpointing=True, static_graph=True),
     "compiled": partial(compare, compiled=True),
+    "compiled_inside": partial(compare, inside=True),
     "peft": partial(compare, prepare=lora),
     "subgroup": lambda: compare(process_group=dist.new_group([0, 1])),
     "fp16_hook": partial(compare, hook=default_hooks.fp16_compress_hook),
@@ -210,6 +248,8 @@ SCENARIOS = {
     "joined": joined,
     "frozen_first": frozen_first,
     "again": again,
+    "refused_options": refused_options,
+    "sharded_optimizer": sharded_optimizer,
     "without_private_names": without_private_names,
 }
 

@@ -7,6 +7,8 @@ from functools import partial
 
 import torch
 from shared import distance, end, everywhere, fp64_bert, message, run, start, train
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_unfreeze import Unfreezer
@@ -26,6 +28,18 @@ def disagree(schedules, first_step=(0, 0)) -> dict:
     error = message(lambda: train(ddp, unfreezer, optimizer, rank, range(first_step[rank], 6)))
     unfreezer.close()
     return {"errors": everywhere(error), "moved": distance(ddp, fp64_bert())}
+
+
+def sharded() -> dict:
+    """The same under FSDP2, which has no reducer to be wrong, but waits for other collectives."""
+    model = fully_shard(fp64_bert().train(), mesh=init_device_mesh("cpu", (world,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    before = [parameter.to_local().clone() for parameter in model.parameters()]
+    unfreezer = Unfreezer(model, optimizer, ("head@0, all@2step", "block[-1:]@0, all@2step")[rank])
+    error = message(lambda: train(model, unfreezer, optimizer, rank))
+    unfreezer.close()
+    moved = sum(not torch.equal(p.to_local(), q) for p, q in zip(model.parameters(), before, strict=True))
+    return {"errors": everywhere(error), "moved": moved}
 
 
 def apart() -> dict:
@@ -52,6 +66,7 @@ TOGETHER = {
     "schedule": partial(disagree, ("head@0, all@2step", "head@0, block[-1:]@2step")),
     "set": partial(disagree, ("head@0, all@2step", "block[-1:]@0, all@2step")),
     "step": partial(disagree, ("head@0, all@2step",) * 2, (0, 3)),
+    "sharded": sharded,
 }
 run(TOGETHER | {"apart": apart, "late": late})
 if set(sys.argv[2:]) <= set(TOGETHER):  # after the others the ranks cannot meet any more

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from shared import batch, end, everywhere, fp64_bert, ranks_equal, run, start, train
+from shared import STEPS, batch, end, everywhere, fp64_bert, ranks_equal, run, start, train
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_unfreeze import Unfreezer
@@ -14,16 +14,27 @@ RANK, WORLD = start()
 VALUES = [0.9, 0.8, 0.8, 0.8, 0.7, 0.75, 0.75, 0.75, 0.75]
 
 
-def decided(values: list[float]) -> dict:
+def stretch(values: list[float], steps: range, saved: tuple = ()) -> tuple:
+    """Train these steps in a new model, from the start or from what was saved."""
     model = fp64_bert()
-    wrapped = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    wrapped = DistributedDataParallel(model)
     unfreezer = Unfreezer(wrapped, optimizer, "plateau(eval_loss, stop=no_gain)")
+    for part, state in zip((model, optimizer, unfreezer), saved, strict=False):
+        part.load_state_dict(state)
 
     def evaluate(step: int) -> None:
         unfreezer.observe({"eval_loss": values[step] if step < len(values) else 1.0, "eval_name": "text"}, step + 1)
 
-    train(wrapped, unfreezer, optimizer, RANK, after=evaluate)
+    train(wrapped, unfreezer, optimizer, RANK, steps, after=evaluate)
+    return model, optimizer, unfreezer
+
+
+def decided(values: list[float], interrupted: int = 0) -> dict:
+    """Train, or train so many steps and go on from what rank 0 has saved of the decisions."""
+    saved = [part.state_dict() for part in stretch(values, range(interrupted))] if interrupted else []
+    saved[2:] = everywhere(saved[2:])[0]
+    model, _, unfreezer = stretch(values, range(interrupted, STEPS), tuple(saved))
     phases = [(phase.start, list(phase.trainable), phase.reason) for phase in unfreezer.phases]
     unfreezer.close()
     return {"equal": ranks_equal(model), "phases": everywhere(phases)}
@@ -55,6 +66,7 @@ run(
     {
         "alike": lambda: decided(VALUES),
         "apart": lambda: decided([v - RANK * n for n, v in enumerate(VALUES)]),
+        "resumed": lambda: decided([v - RANK * n for n, v in enumerate(VALUES)], interrupted=6),
         "chosen": chosen,
     }
 )
