@@ -58,7 +58,7 @@ def _read(key: str, text: str, kind: type, default: Value) -> Value:
             return float(text)
         except ValueError:
             raise ScheduleError(f"{key}={text}: write a number, for instance {key}={default or 0.01}.") from None
-    if not (text.isascii() and text.isdecimal()):
+    if not (text.isascii() and text.isdecimal() and len(text) < 1000):
         raise ScheduleError(f"{key}={text}: write a whole number, for instance {key}={default}.")
     return int(text)
 

@@ -1,18 +1,35 @@
-"""What a schedule reaches in a run, and whether the optimizer can train it."""
+"""What a schedule reaches in a run, whether the optimizer can train it, and whether the model is free for it."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
-from .errors import OptimizerError
+from .errors import OptimizerError, UnfreezeError
 from .groups import LayerGroup
 from .schedule import Phase, Schedule, spec_of
 
-__all__ = ["check_covered", "opened_since", "warn_unreached"]
+__all__ = ["check_covered", "claim", "opened_since", "release", "warn_unreached"]
+
+_AT_WORK: WeakSet[nn.Module] = WeakSet()  # models without wrappers
+
+
+def claim(model: nn.Module) -> None:
+    """Keep a second Unfreezer away until the model is released."""
+    if model in _AT_WORK:
+        raise UnfreezeError(
+            "another Unfreezer is at work on this model, and the two would undo each other. close() it first."
+        )
+    _AT_WORK.add(model)
+
+
+def release(model: nn.Module) -> None:
+    """Let another Unfreezer have the model."""
+    _AT_WORK.discard(model)
 
 
 def opened_since(phases: Sequence[Phase]) -> dict[str, int]:

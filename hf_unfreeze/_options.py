@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,7 +12,7 @@ from ._rates import parse_decay, parse_warmup
 from .errors import UnfreezeError, near_match
 from .optim import group_weight_decay
 
-__all__ = ["HALVES", "Options"]
+__all__ = ["HALVES", "Options", "whole_number"]
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,6 +47,17 @@ class Options:
                 f"prefix_dtype={self.prefix_dtype!r}: write {' or '.join(HALVES)}, or None for that of the model."
                 + near_match(str(self.prefix_dtype), HALVES)
             )
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Return an argument that counts steps; raise UnfreezeError for one that does not."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise UnfreezeError(f"{name}={value!r} is no whole number from {least} up. Write for instance {name}=100.")
+    return number
 
 
 def _check_number(name: str, value: object, below: float) -> None:

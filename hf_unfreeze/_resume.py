@@ -84,8 +84,10 @@ class Memory:
         """Take over what another run has saved.
 
         Raises:
-            UnfreezeError: This run has begun already, or the other kept no weights.
+            UnfreezeError: It is no such state, this run has begun already, or the other kept no weights.
         """
+        if not isinstance(state, Mapping) or not {"schedule", "step", "records", "weights"} <= set(state):
+            raise UnfreezeError(f"{type(state).__name__} is no state of an Unfreezer. Pass what state_dict() returned.")
         if begun and (self._decides or self._kept):
             raise UnfreezeError(
                 "load_state_dict() comes before the first step(): what has been decided since cannot be undone. "

@@ -15,9 +15,9 @@ __all__ = ["BLOCK", "Entry", "Group", "Selector", "Time", "spec_of"]
 
 BLOCK = re.compile(r"(?:(.+)\.)?block\[(\d+)\]")  # the name of a block: its stack and its index
 UNITS = ("step", "ep", "%")
-_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z%]*)")
+_TIME = re.compile(r"(\d{1,999}(?:\.\d{1,999})?)\s*([A-Za-z%]*)")  # Python reads no whole number over 4,300 digits
 _SELECTOR = re.compile(r"(?:([A-Za-z_][\w.]*)\.)?([A-Za-z_]\w*)\s*(?:\[([^\]]*)\])?")
-_INDEX = re.compile(r"(-?\d+)|(-?\d+)?\s*:\s*(-?\d+)?")
+_INDEX = re.compile(r"(-?\d{1,999})|(-?\d{1,999})?\s*:\s*(-?\d{1,999})?")
 
 
 class Group(Protocol):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ._agreement import agree, told
 from ._reducer import active_ddp, can_rebuild, rebuild, reduced_tensors, refuse_options
 from ._sharded import Sharded, is_sharded, reshard
-from .errors import EnvironmentRefused
+from .errors import EnvironmentRefused, UnfreezeError
 from .freezing import Follower
 
 __all__ = ["DEEPSPEED", "ReducerSync", "of_rank_0", "process_followers", "refuse_wrappers", "unwrap"]
@@ -89,12 +89,27 @@ def process_followers(
 
 
 def of_rank_0(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics of rank 0, on every rank: what is decided from them must be decided alike."""
+    """Return the metrics of rank 0, on every rank: what is decided from them must be decided alike.
+
+    Raises:
+        UnfreezeError: The metrics have no names.
+    """
+    if not isinstance(metrics, Mapping):
+        raise UnfreezeError(f"metrics are a dict such as {{'eval_loss': 0.5}}, not {metrics!r}.")
+    plain = {name: _plain(value) for name, value in metrics.items()}
     if not (dist.is_available() and dist.is_initialized()):
-        return dict(metrics)
-    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        return plain
+    numbers = {name: value for name, value in plain.items() if isinstance(value, (int, float))}
     result: dict[str, Any] = json.loads(told(_world(), json.dumps(numbers)))
     return result
+
+
+def _plain(value: Any) -> Any:
+    """Return the one number of a tensor or of NumPy's scalars as Python's own; anything else as it is."""
+    try:
+        return value.item()
+    except (AttributeError, RuntimeError, ValueError):  # the last two for more than one number
+        return value
 
 
 class Agreement:

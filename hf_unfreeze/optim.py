@@ -233,7 +233,7 @@ def group_weight_decay(spec: str | None, groups: Sequence[LayerGroup]) -> dict[s
         UnfreezeError: An entry without a number that is 0 or more.
     """
     decays: dict[str, float] = {}
-    for entry in (spec or "").split(",") if spec else ():
+    for entry in str(spec).split(",") if spec not in (None, "") else ():
         selector, _, text = entry.partition("=")
         try:
             value = float(text)
@@ -265,6 +265,9 @@ def param_groups_layer_decay(
 
     Reference: BEiT, arXiv 2106.08254.
     """
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)) or not value >= 0:
+            raise UnfreezeError(f"{name}={value!r} is no number from 0 up. Write for instance {name}=1e-3.")
     groups = layer_groups(model)
     parameters = dict(model.named_parameters())
     multipliers = decay_multipliers(groups, layer_decay)

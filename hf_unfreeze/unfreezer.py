@@ -14,10 +14,10 @@ from torch import nn
 from ._adapters import eligible_groups
 from ._checkpointing import Checkpointing
 from ._compiling import GraphLimit
-from ._coverage import check_covered, opened_since, warn_unreached
+from ._coverage import check_covered, claim, opened_since, release, warn_unreached
 from ._decisions import decisions_of
 from ._kept import BestWeights, Kept, Pretrained
-from ._options import HALVES, Options
+from ._options import HALVES, Options, whole_number
 from ._precision import PrefixPrecision
 from ._probe import Probe, Prober
 from ._rates import Multipliers
@@ -112,6 +112,8 @@ class Unfreezer:
             offload_state,
             prefix_dtype,
         )
+        total_steps = None if total_steps is None else whole_number("total_steps", total_steps, 0)
+        steps_per_epoch = None if steps_per_epoch is None else whole_number("steps_per_epoch", steps_per_epoch, 1)
         refuse_wrappers(model)
         self.optimizer = raw_optimizer(optimizer)
         check_optimizer(self.optimizer)
@@ -146,6 +148,8 @@ class Unfreezer:
         self.pull: Pull | None = None
         self.best: BestWeights | None = None
         self._closed = False
+        claim(root)
+        self._root = root
         with ExitStack() as stack:
             stack.callback(self.close)  # what raises while hooks are set leaves none behind
             self._follow(model, root, named, options)
@@ -196,6 +200,7 @@ class Unfreezer:
         """
         if self._closed:
             raise UnfreezeError("this Unfreezer is closed. Make a new one for another run.")
+        global_step = whole_number("global_step", global_step, 0)
         self.memory.begin(global_step)
         self._step = global_step
         self.decisions.advance(global_step)
@@ -288,6 +293,7 @@ class Unfreezer:
         if self._closed:
             return
         self._closed = True
+        release(self._root)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         for follower in reversed(self._followers):

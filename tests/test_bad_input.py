@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_bert
@@ -68,6 +69,41 @@ CASES = {
         ScheduleError,
         "1/15ep has no end as a decimal. .* 0.06667ep",
     ),
+    "a step before the first": (
+        lambda: unfreezer().step(-1),
+        UnfreezeError,
+        "global_step=-1 is no whole number from 0",
+    ),
+    "half a step": (lambda: unfreezer().step(1.5), UnfreezeError, "global_step=1.5 is no whole number"),
+    "a step as text": (lambda: unfreezer().step("3"), UnfreezeError, "global_step='3' is no whole number"),
+    "no step": (lambda: unfreezer().step(None), UnfreezeError, "global_step=None is no whole number"),
+    "a run of less than nothing": (lambda: unfreezer(total_steps=-5), UnfreezeError, "total_steps=-5 is no whole"),
+    "epochs without a step": (lambda: unfreezer(steps_per_epoch=0), UnfreezeError, "steps_per_epoch=0 .* from 1 up"),
+    "epochs of 2.5 steps": (lambda: unfreezer(steps_per_epoch=2.5), UnfreezeError, "steps_per_epoch=2.5 is no whole"),
+    "a metric without a name": (
+        lambda: unfreezer("plateau(eval_loss)").observe(0.5),
+        UnfreezeError,
+        r"metrics are a dict such as \{'eval_loss': 0.5\}, not 0.5",
+    ),
+    "a state that is none": (
+        lambda: unfreezer().load_state_dict({}),
+        UnfreezeError,
+        "dict is no state of an Unfreezer",
+    ),
+    "weight decay as a number": (
+        lambda: UnfreezeCallback(group_weight_decay=0.1),
+        UnfreezeError,
+        "'0.1' is no selector=number",
+    ),
+    "no rate": (lambda: param_groups_layer_decay(tiny_bert(), lr=None), UnfreezeError, "lr=None is no number from 0"),
+    "a rate below 0": (lambda: param_groups_layer_decay(tiny_bert(), lr=-1.0), UnfreezeError, "lr=-1.0 is no number"),
+    "a time of 5,000 digits": (lambda: parse_schedule(f"all@0, -head@{'9' * 5000}step"), ScheduleError, "is no time"),
+    "an index of 5,000 digits": (lambda: parse_schedule(f"block[{'9' * 5000}]@0"), ScheduleError, "is no index"),
+    "blocks of 5,000 digits": (
+        lambda: parse_schedule(f"gradual(blocks={'9' * 5000})"),
+        ScheduleError,
+        "write a whole number",
+    ),
     "a schedule as bytes": (lambda: parse_schedule(b"gradual"), ScheduleError, "a string or a Schedule"),
     "a schedule as a class": (lambda: UnfreezeCallback(int), ScheduleError, "a string or a Schedule"),
 }
@@ -78,6 +114,31 @@ def test_wrong_input_is_refused_with_the_cure(case):
     wrong, error, message = CASES[case]
     with pytest.raises(error, match=message):
         wrong()
+
+
+def test_two_at_a_time_are_refused_and_the_first_goes_on():
+    model = tiny_bert()
+    optimizer = torch.optim.AdamW(model.parameters())
+    first = Unfreezer(model, optimizer, "head@0")
+    first.step(0)
+    with pytest.raises(UnfreezeError, match=r"another Unfreezer is at work on this model.*close\(\) it first"):
+        Unfreezer(model, optimizer, "block[-1]@0")
+    assert not model.bert.encoder.layer[3].output.dense.weight.requires_grad and "train" in vars(model)
+    first.close()
+    with pytest.raises(ScheduleError):
+        Unfreezer(model, optimizer, "blok@0")
+    Unfreezer(model, optimizer, "block[-1]@0").close()
+    assert all(parameter.requires_grad for parameter in model.parameters()) and "train" not in vars(model)
+
+
+@pytest.mark.parametrize("number", [torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5), np.float64(0.5), 0.5])
+def test_a_metric_may_be_a_tensor_or_of_numpy(number):
+    engine = unfreezer("plateau(eval_loss, patience=1)")
+    for step in range(4):
+        engine.step(step)
+        engine.observe({"eval_loss": number, "eval_name": "text", "eval_rows": torch.zeros(2)})
+    assert [phase.start for phase in engine.phases] == [0, 2, 3]
+    engine.close()
 
 
 def test_a_run_of_no_steps_is_told(make_trainer):
