@@ -12,6 +12,7 @@ from ._plateau import Plateau
 from ._probe import Prober
 from ._replay import replayed
 from ._spec import BLOCK, Group
+from .errors import ScheduleError
 from .schedule import Phase, Schedule
 
 __all__ = ["Auto", "Converged", "Decisions", "Timed", "decisions_of"]
@@ -228,9 +229,14 @@ def decisions_of(
     if "batches" not in given:
         return Timed(phases)
     measure = prober(given["every"].to_step(total_steps, steps_per_epoch))
+    length = total_steps, steps_per_epoch
+    if schedule.name in ("auto_rates", "learn_rates"):
+        return Learnt(schedule, groups, measure, length)
+    if not any(BLOCK.fullmatch(group.name) and group.parameter_names for group in groups):
+        raise ScheduleError(
+            f"{schedule} has no block to measure: all weights of the blocks are quantised. "
+            "Write head@0, or add adapters with PEFT."
+        )
     if schedule.name == "auto":
         return Auto(schedule, groups, phases, measure)
-    length = total_steps, steps_per_epoch
-    if schedule.name == "freeze_converged":
-        return Converged(schedule, groups, phases, measure, length)
-    return Learnt(schedule, groups, measure, length)
+    return Converged(schedule, groups, phases, measure, length)

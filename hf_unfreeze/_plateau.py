@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,6 +61,7 @@ class Plateau:
         self._evaluations = self._waited = 0  # in this phase
         self._value, self._evaluated = math.nan, -1  # the newest, and its step
         self._others: set[str] = set()  # what was reported instead of the metric
+        self._warned = False
 
     def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
         """Take note of an evaluation after ``step`` updates; return whether none was better."""
@@ -74,6 +76,14 @@ class Plateau:
         if step == self._evaluated:
             return False  # the same weights once more
         self._value, self._evaluated = float(value), step
+        if math.isnan(value) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.metric} is nan after step {step}, which counts as no improvement. Lower the learning rate if "
+                "the model has diverged, or name another metric.",
+                UserWarning,
+                stacklevel=2,
+            )
         improved = self._better(self._value, self._reference)
         self._waited = 0 if improved else self._waited + 1
         if improved or not (self._evaluations or math.isnan(value)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -12,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Trainer, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ._plan import model_card_section
@@ -20,8 +22,10 @@ from ._plateau import with_metric
 from ._probe import Probe
 from ._timeline import group_names, timeline
 from .distributed import DEEPSPEED
-from .errors import EnvironmentRefused
+from .errors import EnvironmentRefused, ScheduleError, near_match
 from .schedule import Schedule, parse_schedule
+
+_TIMINGS = ("_runtime", "_per_second", "_time")  # what an evaluation reports besides metrics
 
 __all__ = [
     "calling_trainer",
@@ -43,10 +47,53 @@ def refuse(args: TrainingArguments) -> None:
         raise EnvironmentRefused(DEEPSPEED)
 
 
-def complete_schedule(schedule: str | Schedule, args: TrainingArguments) -> Schedule:
-    """Fill in what the arguments say of the best model, where a schedule leaves it open."""
-    evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
-    return with_metric(parse_schedule(schedule), args.metric_for_best_model, args.greater_is_better, evaluates)
+def complete_schedule(
+    schedule: str | Schedule, args: TrainingArguments, state: TrainerState, per_epoch: int | None
+) -> Schedule:
+    """Fill in what the arguments say of the best model, where a schedule leaves it open; check what it will be told."""
+    evaluates = _strategy(args) != "no"
+    complete = with_metric(parse_schedule(schedule), args.metric_for_best_model, args.greater_is_better, evaluates)
+    if complete.name == "plateau":
+        _check_metric(str(dict(complete.arguments)["metric"]), calling_trainer())
+        if not _evaluates_before_the_end(args, state, per_epoch):
+            warnings.warn(
+                f"{complete} will see no evaluation before the last of {state.max_steps} steps, so none can open "
+                "anything. Set eval_steps or eval_delay lower, or train for longer.",
+                UserWarning,
+                stacklevel=2,
+            )
+    return complete
+
+
+def _strategy(args: TrainingArguments) -> str:
+    return str(getattr(args.eval_strategy, "value", args.eval_strategy))
+
+
+def _check_metric(metric: str, trainer: Trainer | None) -> None:
+    """Refuse what this Trainer cannot report: a stock one names metrics by data set, and computes only the loss."""
+    if trainer is None or type(trainer) not in (Trainer, Seq2SeqTrainer) or not metric or metric.endswith(_TIMINGS):
+        return
+    data = trainer.eval_dataset
+    prefixes = [f"eval_{name}_" for name in data] if isinstance(data, dict) and data else ["eval_"]
+    losses = [f"{prefix}loss" for prefix in prefixes]
+    why = ""
+    if not metric.startswith(tuple(prefixes)):
+        why = f"eval_dataset is a dict, and its metrics begin with {', '.join(prefixes)}. "
+    elif trainer.compute_metrics is None and metric not in losses:
+        why = f"this Trainer has no compute_metrics, and reports {', '.join(losses)}. Pass compute_metrics, or "
+    if why:
+        cure = f"{'w' if why.endswith('or ') else 'W'}rite plateau({losses[0]})."
+        raise ScheduleError(f"{metric!r} will not be in the evaluation: {why}{cure}{near_match(metric, losses)}")
+
+
+def _evaluates_before_the_end(args: TrainingArguments, state: TrainerState, per_epoch: int | None) -> bool:
+    """Whether there will be an evaluation that steps follow, as far as that can be known."""
+    by_steps = _strategy(args) == "steps"
+    every = int(state.eval_steps) if by_steps else per_epoch
+    if not every:
+        return True
+    delay = args.eval_delay if by_steps else args.eval_delay * every
+    return max(1, math.ceil(delay / every)) * every < state.max_steps
 
 
 def probe_of(trainer: Trainer | None) -> Probe | None:

@@ -151,7 +151,7 @@ class UnfreezeCallback(TrainerCallback):
         self.unfreezer = Unfreezer(
             model if trainer is None else trainer.model_wrapped,
             optimizer,
-            complete_schedule(self.schedule, args),
+            complete_schedule(self.schedule, args, state, self._steps_per_epoch),
             total_steps=state.max_steps,
             steps_per_epoch=self._steps_per_epoch,
             cache=self.cache,

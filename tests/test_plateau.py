@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import hashes, tiny_bert
+from conftest import hashes, tiny_bert, tiny_data
 from test_schedule import plan, single
 from transformers import TrainerCallback
 
@@ -67,6 +67,7 @@ CONSTANT = [1.0] * 12
         ("plateau(eval_loss, blocks=3, embeddings=false)", CONSTANT, [0, 3]),
     ],
 )
+@pytest.mark.filterwarnings("ignore:eval_loss is nan after step:UserWarning")
 def test_when_groups_open(spec, values, expected):
     assert starts(spec, values) == expected
     opened = [trainable for _, trainable, _ in decide(spec, values)]
@@ -82,7 +83,9 @@ def test_reasons_in_words_and_numbers():
     reasons = [reason for *_, reason in decide("plateau(eval_loss, min_delta=0.01, at_most=5step)", [0.7, 0.71, 0.71])]
     assert reasons == ["", "eval_loss 0.71 has not improved on 0.7 by more than 0.01 for 2 evaluations"]
     assert decide("plateau(eval_loss, patience=9, at_most=2step)", [1, 1])[1][2] == "at_most=2step is over"
-    assert "nan has not improved on any before" in decide("plateau(eval_loss, patience=1)", [NAN])[1][2]
+    with pytest.warns(UserWarning, match="eval_loss is nan after step 1, which counts as no improvement") as told:
+        assert "nan has not improved on any before" in decide("plateau(eval_loss, patience=1)", [NAN, NAN])[1][2]
+    assert len(told) == 1
 
 
 def test_stopping_where_the_last_opening_brought_nothing():
@@ -150,6 +153,57 @@ def test_a_replay_decides_the_same_from_any_step(seed):
 def test_bad_arguments(spec, message):
     with pytest.raises(ScheduleError, match=message):
         decide(spec, [])
+
+
+@pytest.mark.parametrize(
+    ("metric", "data", "message"),
+    [
+        (
+            "accuracy",
+            tiny_data(1),
+            "'eval_accuracy' will not be .* has no compute_metrics, and reports eval_loss. Pass",
+        ),
+        ("eval_los", tiny_data(1), "'eval_los' will not .* or write plateau.eval_loss.. Did you mean 'eval_loss'"),
+        ("eval_loss", {"a": tiny_data(1), "b": tiny_data(2)}, "its metrics begin with eval_a_, eval_b_. Write plat"),
+        ("a_los", {"a": tiny_data(1)}, "reports eval_a_loss. .* Did you mean 'eval_a_loss'"),
+    ],
+)
+def test_a_metric_that_cannot_be_reported_is_refused_before_training(make_trainer, metric, data, message):
+    trainer = make_trainer(UnfreezeCallback(f"plateau({metric})"), **EVERY_2)
+    trainer.eval_dataset = data
+    before = hashes(trainer.model)
+    with pytest.raises(ScheduleError, match=message):
+        trainer.train()
+    assert hashes(trainer.model) == before and trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("metric", ["eval_a_loss", "a_runtime"])
+def test_metrics_of_a_dict_of_data_sets(make_trainer, metric):
+    trainer = make_trainer(
+        UnfreezeCallback(f"plateau({metric}, patience=1, min_delta=9)"), **(EVERY_2 | {"max_steps": 5})
+    )
+    trainer.eval_dataset = {"a": tiny_data(1), "b": tiny_data(2)}
+    trainer.train()
+    assert [t[0] for t in transitions(trainer)] == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warned"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 8}, True),  # that at the end comes too late
+        ({"eval_strategy": "steps", "eval_steps": 7}, False),
+        ({"eval_strategy": "steps", "eval_steps": 3, "eval_delay": 7}, True),
+        ({"eval_strategy": "epoch"}, False),  # 7 steps
+        ({"eval_strategy": "epoch", "eval_delay": 1.1}, True),
+    ],
+)
+def test_a_run_without_an_evaluation_to_go_by_is_told(make_trainer, recwarn, arguments, warned):
+    trainer = make_trainer(UnfreezeCallback("plateau(eval_loss)"), max_steps=8, **arguments)
+    trainer.train()
+    evaluated = [record["step"] for record in trainer.state.log_history if "eval_loss" in record]
+    assert any(step < 8 for step in evaluated) != warned
+    told = [str(w.message) for w in recwarn if "will see no evaluation before the last of 8 steps" in str(w.message)]
+    assert bool(told) == warned
 
 
 def test_metrics_that_are_wrong():

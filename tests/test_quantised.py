@@ -8,11 +8,14 @@ import pytest
 import torch
 from conftest import hashes, tiny_bert, tiny_data
 from torch import nn
+from transformers import BertForSequenceClassification
 
 from hf_unfreeze import Unfreezer, layer_groups, set_trainable
+from hf_unfreeze._probe import Probe
 from hf_unfreeze.errors import EnvironmentRefused, ScheduleError
 
 NAMES = ["embeddings", "block[0]", "block[1]", "block[2]", "block[3]", "head"]
+PROBE = Probe(lambda model, batch: model(**batch).loss, list, list, per_step=1000)
 
 
 def homes(model: nn.Module) -> dict[str, str]:
@@ -95,6 +98,24 @@ def test_the_weights_of_torchao_stay_frozen():
     moved = {name for name, value in values(model).items() if not torch.equal(value, before[name])}
     assert "bert.encoder.layer.2.attention.self.query.bias" in moved and not moved & packed
     engine.close()
+
+
+@pytest.mark.filterwarnings("ignore:.* of BertForSequenceClassification are quantised:UserWarning")
+@pytest.mark.parametrize("spec", ["auto(fisher, every=1step)", "freeze_converged(every=1step)"])
+def test_no_criterion_measures_quantised_blocks(spec):
+    model = tiny_bert()
+    for parameter in model.bert.encoder.parameters():
+        parameter.requires_grad_(False).data = torch.zeros(1, dtype=torch.uint8)
+    with pytest.raises(ScheduleError, match="has no block to measure: all weights of the blocks are quantised"):
+        Unfreezer(model, sgd(model), spec, probe=PROBE)
+
+
+@pytest.mark.parametrize("spec", ["auto(fisher, every=1step)", "auto(cka, every=1step)", "learn_rates(every=1step)"])
+def test_no_criterion_measures_weights_without_values(spec):
+    with torch.device("meta"):
+        model = BertForSequenceClassification(tiny_bert().config)
+    with pytest.raises(EnvironmentRefused, match="is on the meta device"):
+        Unfreezer(model, sgd(model), spec, probe=PROBE)
 
 
 def test_bytes_are_quantised_weights():
