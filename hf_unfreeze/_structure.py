@@ -61,7 +61,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
     Example:
         >>> [stack.source for stack in find_stacks(bert)]
-        ['bert.encoder.layer']
+        ['encoder.layer']
     """
     no_split: set[str] = set()
     for module in model.modules():

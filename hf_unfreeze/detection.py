@@ -62,7 +62,7 @@ def detect(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layout 
 
     Example:
         >>> detect(bert).places["pooler.dense.weight"]
-        Place(stack='head', index=None, reason='head')
+        Place(stack='head', index=None, reason='head (pooler)')
 
     Args:
         model: Any module, on any device; meta is enough.

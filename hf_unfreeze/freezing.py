@@ -58,7 +58,7 @@ def set_trainable(model: nn.Module, selectors: str) -> None:
     Example:
         >>> set_trainable(model, "head, block[-2:]")
         >>> print(trainable_summary(model))
-        trainable params: 1,155 || all params: 22,714,371 || trainable%: 0.0051
+        trainable params: 3,697,923 || all params: 22,714,371 || trainable%: 16.2801
 
     Args:
         model: Any model whose layer groups can be told.

@@ -5,16 +5,29 @@ from __future__ import annotations
 import ast
 import dataclasses
 import doctest
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import hf_unfreeze
 from hf_unfreeze import UnfreezeArguments, UnfreezeCallback, architectures, criteria, errors, parse_schedule
 from hf_unfreeze._named import NAMED
+from hf_unfreeze._structure import find_stacks
 from hf_unfreeze.cli import main
 
 PACKAGE = Path(hf_unfreeze.__file__).parent
@@ -155,3 +168,41 @@ def test_the_catalogue_has_every_message_and_no_other():
     stale = [row for row in rows if not any(patterns[row].match(message) for message in messages)]
     unknown = [message for message in messages if not any(pattern.match(message) for pattern in patterns.values())]
     assert not stale and not unknown, f"no longer raised: {stale}; write a row of ERRORS.md for: {unknown}"
+
+
+def examples() -> Iterator[doctest.DocTest]:
+    """The examples of docstrings that print something; the others train, as tests do."""
+    for path in sorted(PACKAGE.glob("*.py")):
+        module = importlib.import_module(f"hf_unfreeze.{path.stem}") if not path.stem.startswith("__") else hf_unfreeze
+        for found in doctest.DocTestFinder(exclude_empty=True).find(module):
+            if any(example.want for example in found.examples):
+                yield found
+
+
+def test_the_examples_of_docstrings_print_what_they_say(monkeypatch):
+    monkeypatch.setattr(architectures, "_REGISTRY", dict(architectures._REGISTRY))
+    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12}
+    minilm = BertConfig(**sizes, num_hidden_layers=6, num_labels=3)
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    texts, images = LlamaConfig(**small, vocab_size=9), CLIPVisionConfig(**small, image_size=8, patch_size=4)
+    log = [{"step": 0, "unfreeze/phase": 0, "unfreeze/trainable": "head"},
+           {"step": 40, "unfreeze/phase": 1, "unfreeze/trainable": "block[5], head"}]  # fmt: skip
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(LlavaConfig(vision_config=images, text_config=texts))
+    about = {
+        "bert": BertModel(BertConfig(**small, vocab_size=9)), "ids": torch.tensor([[1, 2]]), "llava": llava,
+        "model": BertForSequenceClassification(minilm), "torch": torch, "nn": torch.nn,
+        "find_stacks": find_stacks, "find_architecture": architectures.find_architecture,
+        "trainer": SimpleNamespace(state=SimpleNamespace(log_history=log)),
+        **{name: getattr(hf_unfreeze, name) for name in hf_unfreeze.__all__},
+    }  # fmt: skip
+    said: list[str] = []
+    tried = 0
+    for found in examples():
+        if "timm." in found.examples[0].source:
+            continue  # no package of the tests
+        found.globs = about | found.globs
+        doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(found, out=said.append)
+        tried += 1
+    assert not said, "".join(said)
+    assert tried > 25

@@ -47,7 +47,7 @@ def test_a_terminal_shows_phase_share_next_and_cache(shown):
 
 @pytest.mark.filterwarnings("ignore:.* measures on .* batches at each choice:UserWarning")
 def test_what_the_data_decides_has_no_time(shown):
-    assert "next when the data says" in shown("plateau(eval_loss)", max_steps=2, eval_strategy="epoch")
+    assert "next when the data says" in shown("plateau(eval_loss)", max_steps=2, eval_strategy="steps", eval_steps=1)
     assert re.search("phase 0: .*, next at 4", shown("auto(spectrum_snr, every=4step)", max_steps=6))
 
 
