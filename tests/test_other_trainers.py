@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 from conftest import hashes
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -19,7 +20,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_unfreeze import UnfreezeCallback, layer_groups
+from hf_unfreeze import UnfreezeArguments, UnfreezeCallback, layer_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")  # TRL sets the old name
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "cat", "sat", "on", "the", "mat", "and", "saw", "one", "go", "by"]
@@ -85,13 +86,17 @@ def test_seq2seq_trainer(tmp_path):
     assert len(trainer.predict(data, max_new_tokens=4).predictions) == len(data)
 
 
-def test_sft_trainer(tmp_path):
+def test_sft_trainer_by_a_yaml_of_trl(tmp_path):
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
+    config = {"dataset_name": "ours", "schedule": "head@0, block[-1]@1step, all@2step", **options(tmp_path)}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, UnfreezeArguments))
+    _, args, _, unfreeze_args = parser.parse_args_and_config(["--config", str(tmp_path / "sft.yaml")])
     trainer = SFTTrainer(
-        llama(), SFTConfig(**options(tmp_path)), train_dataset=Dataset.from_dict({"text": SENTENCES}),
-        processing_class=tokenizer(), callbacks=[UnfreezeCallback("head@0, block[-1]@1step, all@2step")],
+        llama(), args, train_dataset=Dataset.from_dict({"text": SENTENCES}),
+        processing_class=tokenizer(), callbacks=[UnfreezeCallback.from_arguments(unfreeze_args)],
     )  # fmt: skip
     assert train(trainer) == [{"head"}, {"block[1]", "head"}, {"embeddings", "block[0]", "block[1]", "head"}]
 
