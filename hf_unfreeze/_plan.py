@@ -86,15 +86,16 @@ def plan_rows(
 
 def plan_table(rows: Sequence[PlanRow], title: str) -> Table:
     """Draw the plan as a rich table."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    table.add_column("phase", justify="right")
-    table.add_column("step", justify="right")
-    table.add_column("epoch", justify="right")
+    # no lines between columns: a terminal of 80 columns would cut numbers
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for column in ("phase", "step", "epoch"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("trainable", overflow="fold")
     for column in ("parameters", "share", "gradients", "optimizer"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows[:SHOWN]:
         table.add_row(
             str(row.phase),

@@ -33,6 +33,8 @@ def parse(arguments: list[str] | None, defaults: dict[str, Any], *classes: Any) 
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
             raise SystemExit(f"there is no argument {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    if "dataloader_pin_memory" in known and not torch.accelerator.is_available():
+        parser.set_defaults(dataloader_pin_memory=False)  # else torch warns at each evaluation
     parser.set_defaults(**defaults)
     parser.set_defaults(**config)
     return parser.parse_args_into_dataclasses(words)

@@ -137,6 +137,7 @@ def test_a_config_file_gives_values_and_arguments_override_it(tmp_path, suffix):
     path.write_text(json.dumps(values))  # JSON is YAML too
     classes = (tables.TextArguments, UnfreezeArguments, TrainingArguments)
     data, unfreeze, training = common.parse([str(path), "--max_steps", "3"], text_classification.DEFAULTS, *classes)
+    assert training.dataloader_pin_memory == torch.accelerator.is_available()
     assert (training.learning_rate, training.max_steps, data.text_column) == (5e-4, 3, "tweet")
     assert unfreeze.schedule == text_classification.DEFAULTS["schedule"]
     path.write_text(json.dumps({"learning_rat": 1}))

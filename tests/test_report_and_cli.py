@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import transformers
+from rich.console import Console
+from transformers import BertConfig, BertForSequenceClassification
 
-from hf_unfreeze import UnfreezeCallback, UnfreezeError
+from hf_unfreeze import UnfreezeCallback, UnfreezeError, layer_groups, parse_schedule
 from hf_unfreeze.cli import main
-from hf_unfreeze.report import timeline
+from hf_unfreeze.report import plan_rows, plan_table, timeline
 
 
 @pytest.fixture
@@ -53,6 +56,29 @@ def test_plan(folder, capsys):
     assert rows[2]["trainable_share"] == 1.0 and rows[0]["optimizer_bytes"] == 8 * rows[0]["trainable_params"]
     assert main(["plan", folder, "--max-steps", "5", "--schedule", "head@0, all@9step"]) == 0
     assert "not reached" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_fits_a_terminal_of_80_columns():
+    with torch.device("meta"):
+        model = BertForSequenceClassification(BertConfig())
+    groups = layer_groups(model)
+    phases = parse_schedule("head@0, block[-2:]@1ep, all@50%").phases(groups, 1200, 100)
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(plan_table(plan_rows(model, groups, phases, 100), "plan"))
+    text = shown.get()
+    for whole in (
+        "109,483,778",
+        "14,767,874",
+        "437.9 MB",
+        "875.9 MB",
+        "100.0%",
+        "block[10:12],",
+        "parameters",
+        "gradients",
+    ):
+        assert whole in text
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
 
 
 def test_plan_on_many_ranks(folder, capsys):
