@@ -11,9 +11,10 @@ from torch import nn
 
 from .errors import OptimizerError, UnfreezeError
 from .groups import LayerGroup
+from .optim import unsuitable
 from .schedule import Phase, Schedule, spec_of
 
-__all__ = ["check_covered", "claim", "opened_since", "release", "warn_unreached"]
+__all__ = ["check_optimizer", "claim", "opened_since", "release", "train_everything", "warn_unreached"]
 
 _AT_WORK: WeakSet[nn.Module] = WeakSet()  # models without wrappers
 
@@ -40,6 +41,12 @@ def opened_since(phases: Sequence[Phase]) -> dict[str, int]:
     return opened
 
 
+def train_everything(phases: Sequence[Phase], groups: Sequence[LayerGroup]) -> bool:
+    """Whether nothing opens or closes after the first step, and every group trains at the optimizer's own rate."""
+    every = {group.name for group in groups if group.parameter_names}
+    return len(phases) == 1 and set(phases[0].trainable) == every and not phases[0].rates
+
+
 def warn_unreached(
     schedule: Schedule, phases: Sequence[Phase], groups: Sequence[LayerGroup], total_steps: int | None
 ) -> None:
@@ -55,13 +62,24 @@ def warn_unreached(
         )
 
 
-def check_covered(
+def check_optimizer(
     schedule: Schedule,
     optimizer: torch.optim.Optimizer,
     members: Sequence[tuple[LayerGroup, Sequence[nn.Parameter]]],
     opened: Collection[str],
+    idle: bool,
 ) -> None:
-    """Refuse what would be frozen for ever in silence: parameters that the optimizer does not hold."""
+    """Refuse an optimizer that cannot train what the schedule opens, which would be frozen for ever in silence.
+
+    ``idle`` is a run in which nothing opens, closes or has a rate of its own: any optimizer will do.
+    """
+    if reason := unsuitable(optimizer):
+        if idle:
+            return
+        raise OptimizerError(
+            f"{type(optimizer).__name__} cannot be used: it {reason}. Write optim='adamw_torch' (or another "
+            "optimizer with state per parameter), or train without UnfreezeCallback."
+        )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [
         (name, parameter.requires_grad)

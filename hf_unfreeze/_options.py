@@ -48,6 +48,11 @@ class Options:
                 + near_match(str(self.prefix_dtype), HALVES)
             )
 
+    @property
+    def own_rates(self) -> bool:
+        """Whether every group has the rate and the decay that its optimizer has for it."""
+        return parse_decay(self.layer_decay) == (1.0, 1.0) and not self.pull and not self.group_weight_decay
+
 
 def whole_number(name: str, value: Any, least: int) -> int:
     """Return an argument that counts steps; raise UnfreezeError for one that does not."""

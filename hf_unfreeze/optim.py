@@ -16,11 +16,11 @@ __all__ = [
     "DropState",
     "GroupRates",
     "OffloadState",
-    "check_optimizer",
     "decay_multipliers",
     "group_weight_decay",
     "param_groups_layer_decay",
     "raw_optimizer",
+    "unsuitable",
 ]
 
 _REFUSED = {
@@ -47,15 +47,10 @@ def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse optimizers that cannot follow parameters that open and close."""
-    names = [cls.__name__ for cls in type(optimizer).__mro__]
-    for refused, reason in _REFUSED.items():
-        if any(refused.lower() in name.lower() for name in names):
-            raise OptimizerError(
-                f"{type(optimizer).__name__} cannot be used: it {reason}. Write optim='adamw_torch' (or another "
-                "optimizer with state per parameter), or train without UnfreezeCallback."
-            )
+def unsuitable(optimizer: torch.optim.Optimizer) -> str:
+    """Return why an optimizer cannot follow parameters that open and close, or an empty string."""
+    names = [cls.__name__.lower() for cls in type(optimizer).__mro__]
+    return next((why for part, why in _REFUSED.items() if any(part.lower() in name for name in names)), "")
 
 
 def decay_multipliers(groups: Sequence[LayerGroup], layer_decay: float) -> dict[str, float]:

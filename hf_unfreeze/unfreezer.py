@@ -14,7 +14,7 @@ from torch import nn
 from ._adapters import eligible_groups
 from ._checkpointing import Checkpointing
 from ._compiling import GraphLimit
-from ._coverage import check_covered, claim, opened_since, release, warn_unreached
+from ._coverage import check_optimizer, claim, opened_since, release, train_everything, warn_unreached
 from ._decisions import decisions_of
 from ._kept import BestWeights, Kept, Pretrained
 from ._options import HALVES, Options, whole_number
@@ -28,7 +28,7 @@ from .distributed import of_rank_0, process_followers, refuse_wrappers, unwrap
 from .errors import UnfreezeError
 from .freezing import Follower, FrozenEval, apply_trainable
 from .groups import layer_groups
-from .optim import DropState, GroupRates, OffloadState, check_optimizer, raw_optimizer
+from .optim import DropState, GroupRates, OffloadState, raw_optimizer
 from .optim import group_weight_decay as group_weight_decay_of
 from .regularization import Pull, RaisedDropout
 from .schedule import Phase, Schedule, parse_schedule, recommended, spec_of
@@ -116,7 +116,6 @@ class Unfreezer:
         steps_per_epoch = None if steps_per_epoch is None else whole_number("steps_per_epoch", steps_per_epoch, 1)
         refuse_wrappers(model)
         self.optimizer = raw_optimizer(optimizer)
-        check_optimizer(self.optimizer)
         root = unwrap(model)
         named = dict(root.named_parameters())
         schedule, cache = recommended(schedule, cache)
@@ -137,7 +136,8 @@ class Unfreezer:
             self.groups, self.schedule, layer_decay, block_warmup, total_steps, steps_per_epoch
         )
         warn_unreached(self.schedule, self.phases, self.groups, total_steps)
-        check_covered(self.schedule, self.optimizer, self._members, self.decisions.may_open)
+        idle = options.own_rates and measure is None and train_everything(self.phases, self.groups)
+        check_optimizer(self.schedule, self.optimizer, self._members, self.decisions.may_open, idle)
 
         self._step = 0
         self._current: Phase | None = None

@@ -101,6 +101,10 @@ def test_refused_with_the_reason(make_trainer, optimizer):
     pytest.importorskip(package)
     with pytest.raises(OptimizerError, match=reason):
         run(make_trainer, optimizer, unfreeze(), **arguments)
+    with pytest.raises(OptimizerError, match=reason):
+        run(make_trainer, optimizer, UnfreezeCallback("all_at_once", pull=0.1), **arguments)
+    plain = run(make_trainer, optimizer, **arguments)
+    assert run(make_trainer, optimizer, UnfreezeCallback("all_at_once"), **arguments) == plain, "nothing to follow"
 
 
 def rates_and_decays(make, model, layer_decay):
