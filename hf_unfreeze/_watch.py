@@ -10,8 +10,16 @@ from typing import Any
 __all__ = ["watch"]
 
 
-def watch(owner: Any, name: str, on_error: Callable[[], None]) -> Callable[[], None]:
+def watch(
+    owner: Any, name: str, on_error: Callable[[], None], over: Callable[[], bool] = lambda: False
+) -> Callable[[], None]:
     """Call ``on_error`` when this method of this instance raises, whatever it raises; nothing is caught.
+
+    Args:
+        owner: The instance.
+        name: The method.
+        on_error: What to call.
+        over: Says after the method whether to call it although nothing was raised.
 
     Returns:
         A function that ends the watch: the instance is as it was before.
@@ -23,7 +31,8 @@ def watch(owner: Any, name: str, on_error: Callable[[], None]) -> Callable[[], N
         with ExitStack() as stack:
             stack.callback(on_error)
             result = method(*args, **kwargs)
-            stack.pop_all()
+            if not over():
+                stack.pop_all()
         return result
 
     previous = vars(owner).get(name)

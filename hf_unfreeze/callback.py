@@ -256,10 +256,12 @@ class UnfreezeCallback(TrainerCallback):
             )
         callbacks.remove(self)
         callbacks.insert(0, self)
+        for callback in callbacks[1:]:  # those that on_train_begin comes to next: the call that fires it is not watched
+            self._unwatch.append(watch(callback, "on_train_begin", self._close))
         for part, name in _WATCHED:
             owner = getattr(trainer, part) if part else trainer
             if hasattr(owner, name):
-                self._unwatch.append(watch(owner, name, self._close))
+                self._unwatch.append(watch(owner, name, self._close, over=lambda: self not in callbacks))
         extend_model_card(trainer, str(self.schedule))
 
     def _close(self) -> None:

@@ -192,11 +192,11 @@ def test_restored_after_an_exception_while_the_plan_is_printed(make_trainer, mon
     everything_restored(trainer)
 
 
-@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end", "on_log", "on_epoch_end"])
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_begin", "on_step_end", "on_log", "on_epoch_end"])
 @pytest.mark.parametrize("way", ["constructor", "add_callback"])
 def test_restored_after_an_exception(make_trainer, event, way):
     def fail(self, args, state, control, **kwargs):
-        if state.global_step == 4 or event == "on_epoch_end":
+        if state.global_step == 4 or event in ("on_train_begin", "on_epoch_end"):
             raise RuntimeError("power cut")
 
     failing = type("Failing", (TrainerCallback,), {event: fail})()
@@ -206,6 +206,21 @@ def test_restored_after_an_exception(make_trainer, event, way):
     with pytest.raises(RuntimeError, match="power cut"):
         trainer.train()
     everything_restored(trainer)
+    assert "on_train_begin" not in vars(failing)
+
+
+def test_a_callback_that_is_removed_in_the_middle_leaves_a_plain_run(make_trainer):
+    class Remove(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                trainer.remove_callback(UnfreezeCallback)
+            if state.global_step == 6:
+                everything_restored(trainer)
+
+    trainer = make_trainer(UnfreezeCallback("head@0"), Remove())
+    trainer.train()
+    everything_restored(trainer)
+    assert set(hashes(trainer.model).values()) & set(hashes(tiny_bert()).values()) == set(), "all has trained since"
 
 
 def test_restored_after_an_exception_in_the_forward(make_trainer):
