@@ -20,10 +20,13 @@ RUNS = {
     "freeze_converged(every=2step, batches=2, percentile=100)": {},
     "freeze_converged(cka, every=2step)": {},
     "rotate(blocks=1, every=2step)": {},
+    "rotate(blocks=1, every=1step, order=descending, embeddings=false, head=false)": {},
+    "freeze_out(0.5, cubed=false)": {},
     "auto_rates(every=2step, batches=2)": {},
     "learn_rates(speed=0.3, start=0.5, every=2step, batches=2)": {},
     "plateau(eval_loss, patience=1, min_delta=0.5)": EVALUATED,
     "plateau(eval_loss, patience=1, min_delta=0.5, restore_best=true)": EVALUATED,
+    "plateau(eval_loss, patience=1, min_delta=0.5, stop=no_gain)": EVALUATED,
 }
 
 
