@@ -1,11 +1,17 @@
-"""One change of phase: as the engine tells it, and as a record of a log."""
+"""One change of phase: as the engine tells it, as a record of a log, and as ranks tell it to each other."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Transition", "as_record"]
+from .groups import LayerGroup
+from .schedule import Phase, spec_of
+
+__all__ = ["Transition", "announcement", "as_record"]
+
+_ANNOUNCED = 32  # phases that ranks compare ahead: a schedule that rotates has thousands
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,17 @@ class Transition:
     trainable_params: int
     reason: str = ""
     rates: tuple[tuple[str, float], ...] = ()
+
+
+def announcement(step: int, present: Phase | None, phases: Sequence[Phase], groups: Sequence[LayerGroup]) -> list[str]:
+    """Return what every rank must say alike at a transition: the step, what trains now, and what will."""
+
+    def told(phase: Phase) -> str:
+        return " ".join([spec_of(phase.trainable, groups), *(f"{name}*{rate}" for name, rate in phase.rates)])
+
+    now = [f"at step {step} trains {told(present)}"] if present else []
+    coming = [phase for phase in phases if phase.start >= step][:_ANNOUNCED]
+    return now + [f"from step {phase.start} {told(phase)}" for phase in coming]
 
 
 def as_record(transition: Transition) -> dict[str, Any]:

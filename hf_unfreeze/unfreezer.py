@@ -22,7 +22,7 @@ from ._precision import PrefixPrecision
 from ._probe import Probe, Prober
 from ._rates import Multipliers
 from ._resume import Memory
-from ._transition import Transition
+from ._transition import Transition, announcement
 from .cache import FrozenPrefixCache
 from .distributed import of_rank_0, process_followers, refuse_wrappers, unwrap
 from .errors import UnfreezeError
@@ -34,8 +34,6 @@ from .regularization import Pull, RaisedDropout
 from .schedule import Phase, Schedule, parse_schedule, recommended, spec_of
 
 __all__ = ["Probe", "Transition", "Unfreezer"]
-
-_ANNOUNCED = 32  # phases that ranks compare ahead: a schedule that rotates has thousands
 
 
 class Unfreezer:
@@ -300,14 +298,7 @@ class Unfreezer:
             follower.close()
 
     def _announcement(self) -> list[str]:
-        """Return what every rank must say alike at a transition: the step, what trains now, and what will."""
-
-        def told(phase: Phase) -> str:
-            return " ".join([spec_of(phase.trainable, self.groups), *(f"{name}*{rate}" for name, rate in phase.rates)])
-
-        now = [f"at step {self._step} trains {told(self._current)}"] if self._current else []
-        coming = [phase for phase in self.phases if phase.start >= self._step][:_ANNOUNCED]
-        return now + [f"from step {phase.start} {told(phase)}" for phase in coming]
+        return announcement(self._step, self._current, self.phases, self.groups)
 
     def _upcoming(self) -> list[Phase]:
         possible = [Phase(self._step, names) for names in self.schedule.decided(self.groups)]
