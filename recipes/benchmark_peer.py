@@ -77,8 +77,10 @@ def fit(trainer: Trainer, schedule: str, clock: Any) -> tuple[float, torch.optim
     steps = math.ceil(len(trainer.train_dataset) / trainer.args.train_batch_size)
     module = Model(trainer, epochs * steps)
     phases = phases_of(trainer.model, schedule, epochs, steps)
+    # by itself it gives what opens later 1e-5, and leaves it out of the schedule of rates
+    own = {"base_max_lr": trainer.args.learning_rate, "apply_lambdas_new_pgs": True}
     finetuning = FinetuningScheduler(
-        ft_schedule=phases, epoch_transitions_only=True, restore_best=False, logging_level=logging.ERROR
+        ft_schedule=phases, epoch_transitions_only=True, restore_best=False, logging_level=logging.ERROR, **own
     )
     lightning = LightningTrainer(
         max_epochs=epochs,
