@@ -86,8 +86,10 @@ def test_the_loop_on_two_processes(tmp_path, data):
 @pytest.mark.slow
 @pytest.mark.parametrize(("file", "epoch"), [("two_cpu_processes.yaml", 1.0), ("one_cpu_process.yaml", 0.5)])
 def test_the_text_recipe_under_the_launch_files_for_cpus(tmp_path, data, file, epoch):
-    launched(file, "text_classification.py", *data, "--output_dir", str(tmp_path), "--max_steps", "2",
-             "--per_device_train_batch_size", "4", "--eval_strategy", "no", "--logging_steps", "1")  # fmt: skip
+    short = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--eval_strategy", "no", "--logging_steps", "1"]
+    printed = launched(file, "text_classification.py", *data, *short, "--output_dir", str(tmp_path))
+    once = ["optimizer", "step 0: phase 0 trains head", "'train_runtime'", "***** eval metrics"]
+    assert [printed.count(words) for words in once] == [1] * 4, "only the main process prints"
     assert json.loads((tmp_path / "trainer_state.json").read_text())["epoch"] == epoch, "16 examples, 2 steps"
 
 
