@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from torch import nn
 
-from ._roles import BETWEEN_STAGES, BLOCK_CLASS, MIXES_TOKENS, NEVER_CLASS, NO_BLOCK_CLASS, matches
+from ._roles import BETWEEN_STAGES, BLOCK_CLASS, MIXES_TOKENS, NEVER_CLASS, NO_BLOCK_CLASS, SECOND_HALF, matches
 
 __all__ = [
     "CONTAINERS",
     "Block",
     "Signature",
+    "Stack",
     "elements",
     "has_parameters",
     "in_parts",
     "is_block",
+    "is_checkpointed",
+    "is_second_half",
     "is_sequence",
     "join",
     "signature",
@@ -22,6 +27,23 @@ __all__ = [
 Block = tuple[str, ...]  # the paths of the modules that make one block
 Signature = tuple[type, tuple[int, ...]]  # class, and identity of each parameter
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+@dataclass
+class Stack:
+    """One sequence of blocks, lowest first.
+
+    Args:
+        path: Dotted path of the module that holds the sequence (its parent).
+        source: Dotted path of the sequence itself, for messages.
+        blocks: For each block the paths of its modules; a path may also be that of a downsampling module it owns.
+        starts: Index of the first block of each member of the sequence: of each stage, where members are stages.
+    """
+
+    path: str
+    source: str
+    blocks: list[Block] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
 
 
 def has_parameters(module: nn.Module) -> bool:
@@ -39,11 +61,16 @@ def is_block(module: nn.Module, no_split: frozenset[str]) -> bool:
     name = type(module).__name__
     if matches(NEVER_CLASS, name):
         return False
-    if any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__) or name in no_split:
+    if is_checkpointed(module) or name in no_split:
         return True
     return (
         matches(BLOCK_CLASS, name) and not matches(NO_BLOCK_CLASS, name) and next(module.children(), None) is not None
     )
+
+
+def is_checkpointed(module: nn.Module) -> bool:
+    """Whether transformers can checkpoint the gradients of a module as a whole."""
+    return any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
 
 
 def _packs_weights(module: nn.Module) -> bool:
@@ -91,3 +118,10 @@ def in_parts(member: nn.Module) -> bool:
         and any(matches(MIXES_TOKENS, name) for name in classes)
         and not any(matches(BLOCK_CLASS, name) for name in classes)
     )
+
+
+def is_second_half(member: nn.Module) -> bool:
+    """Whether a member of a list only wraps a feed-forward: LeViT's blocks are two members, attention and this."""
+    children = [child for child in member.children() if has_parameters(child)]
+    own = next(member.parameters(recurse=False), None)
+    return own is None and len(children) == 1 and matches(SECOND_HALF, type(children[0]).__name__)

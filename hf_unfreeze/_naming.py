@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ._blocks import Stack
 from ._roles import AUDIO_CLASS, CLASS_MODALITIES, MODALITIES, PARALLEL, PARTS, RANKS, STACK_NAMES, matches
-from ._structure import Stack
 
-__all__ = ["arrange", "in_parallel", "name_stacks"]
+__all__ = ["BOTTOM", "arrange", "height", "in_parallel", "name_stacks"]
 
 Tiers = tuple[tuple[str, ...], ...]
 
@@ -34,7 +34,7 @@ def arrange(stacks: Iterable[str], parallel: bool) -> Tiers:
     tiers: dict[tuple[int, int, int], list[str]] = {}
     for order, name in enumerate(stacks):
         first, _, inner = name.partition(".")
-        rank = RANKS.get(name, RANKS.get(first, UNKNOWN))
+        rank = height(name)
         if parallel and first == "text":
             rank = BOTTOM
         alone = order + 1 if inner and name not in RANKS else 0  # a second stack of its kind opens before the first
@@ -46,6 +46,16 @@ def arrange(stacks: Iterable[str], parallel: bool) -> Tiers:
     if result[:1] == [("connector",)] and len(result) > 2:  # no tower below: it leads from an encoder to a decoder
         result[:2] = reversed(result[:2])
     return tuple(result)
+
+
+def height(stack: str) -> int:
+    """Height of a stack, by its name or the first word of it; the towers that read the input are at ``BOTTOM``.
+
+    Example:
+        >>> height("vision.decoder"), height("decoder")
+        (10, 60)
+    """
+    return RANKS.get(stack, RANKS.get(stack.partition(".")[0], UNKNOWN))
 
 
 def in_parallel(names: Iterable[str], model: nn.Module) -> bool:
@@ -107,7 +117,9 @@ def _distinct(names: list[str], stacks: list[Stack]) -> list[str]:
 def _describe(stack: Stack, model: nn.Module) -> tuple[str, str]:
     """Modality and part of a stack: from its path, the outermost word first, then from the class of its blocks."""
     known = next((name for name, pattern in STACK_NAMES if re.search(pattern, stack.source)), "")
+    base = getattr(model, "base_model_prefix", "")  # the name of the whole tells nothing of its parts: speecht5
     parts = stack.source.split(".")
+    parts = parts[1:] if len(parts) > 1 and parts[0] == base else parts
     role = next((r for part in parts for r, pattern in PARTS if re.search(pattern, part)), "")
     if known:
         return known, "" if "." in known else role

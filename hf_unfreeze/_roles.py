@@ -19,6 +19,7 @@ __all__ = [
     "FIRST_STAGE",
     "HEAD",
     "INPUT_PROJECTION",
+    "MIDWAY",
     "MIXES_TOKENS",
     "MODALITIES",
     "NEVER_BLOCK",
@@ -35,6 +36,7 @@ __all__ = [
     "QUIRKS",
     "RANKS",
     "REVERSED",
+    "SECOND_HALF",
     "SEQUENTIAL",
     "SHARED_TABLE",
     "STACK_NAMES",
@@ -75,8 +77,10 @@ NEVER_BLOCK = (r"^(experts|adapters?|downsample\w*|downsampl\w*|lora_\w+)$",)
 TOWER_CLASS = (r"^Encodec(En|De)coder$|^WavTokenizerEncoder$",)
 # The part of a block that makes a list of parts a block.
 MIXES_TOKENS = (r"Attention$",)
+# What stands alone in the second half of a block, where a list holds attention and feed-forward in turn.
+SECOND_HALF = (r"MLPLayer$",)
 # Members of a list of stages that lead from one stage to the next.
-BETWEEN_STAGES = (r"Embeddings?$|Downsampl|PatchMerging",)
+BETWEEN_STAGES = (r"Embeddings?$|Downsampl|Subsample$|PatchMerging",)
 STAGE_INNER = (r"^(blocks?|layers?|stage|group|resnets?|res_blocks|attentions|\d+)$",)
 
 STEM = (
@@ -84,7 +88,7 @@ STEM = (
     r"pos(ition)?(al)?_|^pos(_|$)|position|patch|^stem|_stem$|^conv1$|^(conv_in|shared|tok|word|token)\w*$",
     r"feature_(extractor|projection)|^relative_attention_bias$|rel_embeddings|rotary|subsampl|^frontend|^prompt_encoder$",
     r"^masked_spec_embed$|^mask_emb$|^(ln|norm)_pre$|^pre_?(ln|layer_?norm|norm|layrnorm)$|^input_proj|^project_in$",
-    r"^per_layer|^ple$|^altup_proj|_(latent|speakers|delta|prompt)_proj$|^mel_|newline|separator|^query(_feat)?$|^visual_prompter$|^self_conditioning$",
+    r"^per_layer|^ple$|^altup_proj|_(latent|speakers|delta|prompt)_proj$|^mel_|newline|separator|^query(_feat)?$|^visual_prompter$|^self_conditioning$|^prenet$|^no_object_pointer$",
 )
 HEAD = (
     r"^(\w*_)?(classifiers?|classification|class_head|lm_head|heads?|pooler|pooling\w*|scorer?|qa_outputs|cls|logits?\w*)$",
@@ -122,9 +126,13 @@ QUIRKS = (
     (r"^HieraForPreTraining", r"^(multiscale_fusion|encoder_norm)$", "connector"),
     (r"Canine", r"^(chars_to_molecules|projection)$", "connector"),
     (r"Sam\w*VisionEncoder|SamEncoder", r"^proj$", "connector"),
-    (r"LocalEncoder", r"^patch_embedding_projection$", "connector"),
+    (r"Local(En|De)coder", r"^patch_embedding_projection$", "connector"),
     (r"^XCLIPModel", r"^prompts_visual_layernorm$", "connector"),
     (r"^XCLIPPromptGenerator", r"^alpha$", "head"),
+    (r"^Sam3\w*GeometryEncoder", r"_proj(ect)?$", "embeddings"),
+    (r"^BarkSemantic", r"^layernorm_final$", "head"),
+    (r"Code2Wav$", r"^(decoder|upsample)$", "head"),
+    (r"^MaskFormerFPN", r"^stem$", "connector"),
     (r"^VitsModel", r"^posterior_encoder$", "connector"),
 )
 CONNECTOR = (
@@ -132,7 +140,7 @@ CONNECTOR = (
     r"^image_(newline|separator)|^view_separator|link_tower|^cross_modal_\w+_(transform|layernorm)$|enc_to_dec_proj|^embed_(vision|audio)$|^adapter$",
     r"^(image_to_)?(language|text|vision|audio|image|visual|speech)_(model_)?(projection|proj|adapter)$|qformer|^query_tokens$",
     r"^high_res_vision_|^(latents|semantic_adapter|fc_encoder|latent_proj|encoder_to_decoder|keypoint_encoder)$|quantize|quant_conv",
-    r"^(duration|pitch|energy)_(predictor|embed)$",
+    r"^(dur(ation)?|pitch|energy)_(predictor|embed)$|^decoder_embed(dings)?$",
 )
 
 # Tables inside the first block that serve all blocks.
@@ -196,6 +204,7 @@ STACK_NAMES = (
     ("diarization", r"diarization_model"),
     ("timestamp", r"word_timestamp_encoder"),
     ("expert", r"(^|\.)dit\."),
+    ("adaptor", r"^(model\.)?multi_modal_projector\.layers"),
     ("high_res", r"high_res_vision"),
     ("protein", r"protein_encoder\.model"),
     ("text", r"backbone_model\.layers"),
@@ -223,6 +232,7 @@ STACK_NAMES = (
 AUDIO_CLASS = r"Audio|Speech|Conformer|Wav|Whisper|Codec|Encodec|Mimi"
 # The same, by the class of the blocks, where the names of the path are silent.
 CLASS_MODALITIES = (
+    ("text", r"TextDecoderLayer$"),
     ("cross", r"AudioVideo"),
     ("video", r"Video"),
     ("audio", AUDIO_CLASS),
@@ -258,6 +268,7 @@ RANKS = {
     "resampler": 20,
     "qformer": 20,
     "connector": 30,
+    "adaptor": 35,
     "text": 40,
     "encoder.initial": 48,
     "encoder": 50,
@@ -280,6 +291,8 @@ RANKS = {
     "timestamp": 90,
     "vocoder": 95,
 }
+# What runs between two blocks of the tower beside it, and the value of the config that tells after which.
+MIDWAY = (("vit_merger", "insert_layer_id"),)
 # Lists that a forward runs from the last to the first: the class that holds them.
 REVERSED = (r"^VitsResidualCouplingBlock$|^Emu3VQVAEUpBlock$",)
 # Lists before or after the one beside them, and not woven into it.

@@ -6,7 +6,8 @@ import re
 
 from torch import nn
 
-from ._structure import Stack, find_stacks
+from ._blocks import Stack
+from ._structure import find_stacks
 from .architectures import Architecture
 from .detection import Layout, Place, base_of, prefixes
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ._blocks import CONTAINERS, Block, elements, join
-from ._structure import Stack, join_lists
+from ._blocks import CONTAINERS, Block, Stack, elements, join
+from ._siblings import join_lists
 
 __all__ = ["repeated_runs"]
 

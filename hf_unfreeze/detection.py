@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from ._blocks import Signature, join, signature
-from ._naming import arrange, in_parallel, name_stacks
+from ._blocks import Signature, Stack, join, signature
+from ._naming import BOTTOM, arrange, height, in_parallel, name_stacks
 from ._roles import (
     CONNECTOR,
     HEAD,
@@ -29,7 +29,7 @@ from ._roles import (
     matches,
 )
 from ._runs import repeated_runs
-from ._structure import Stack, find_stacks
+from ._structure import find_stacks
 from ._trace import first_use
 
 __all__ = ["Layout", "Place", "base_of", "detect", "prefixes"]
@@ -163,7 +163,9 @@ class _Loose:
         self.holders = self.ancestors | {path for stack in stacks for block in stack.blocks for path in block}
         self.sources = {stack.source: name for stack, name in zip(stacks, names, strict=True)}
         self.top = tiers[-1]
-        self.language = self.fused and bool({"text", "cross"} & set(self.top))
+        self.lowest = max(height(tiers[0][0]), BOTTOM)
+        self.crowned = {name.partition(".")[0] for name in self.top}  # what the towers stand under
+        self.language = self.fused and bool({"text", "cross"} & self.crowned)
         self.sight = self.fused and any(name.startswith("vision") for name in tiers[0])
         self.base = base_of(model, stacks)
 
@@ -229,13 +231,15 @@ class _Loose:
         before = self._before(parent, branch)
         if matches(NORM, branch):
             before = before and not matches(NORM_LAST, branch)
-            if not before and lower and self.language:
+            if not before and lower and self._feeds(lower):
                 return Place("connector", None, f"final norm of {lower}")
             return Place("embeddings" if before else "head", None, "first norm" if before else "final norm")
         if not before and lower:
             return Place("connector", None, f"above {lower}")
         if self.language and matches(TOWER, branch):
             return Place("connector", None, f"tower without blocks ({branch})")
+        if before and self._stands_on_others(parent):
+            return Place("connector", None, "below a stack that stands on others")
         return Place("embeddings" if before else "head", None, "before the blocks" if before else "after the blocks")
 
     def _lower(self, parent: str) -> str:
@@ -244,6 +248,15 @@ class _Loose:
             return ""
         own = {name for source, name in self.sources.items() if source.startswith(f"{parent}.")}
         return next(iter(own)) if own and not own & set(self.top) else ""
+
+    def _feeds(self, lower: str) -> bool:
+        """Whether what stands on top reads a tower, and is no decoder or twin of its own kind."""
+        return lower.partition(".")[0] not in self.crowned and (self.language or height(lower) <= BOTTOM)
+
+    def _stands_on_others(self, parent: str) -> bool:
+        """Whether a module holds stacks, and all of them read what lower ones give."""
+        own = [name for source, name in self.sources.items() if parent and source.startswith(f"{parent}.")]
+        return bool(own) and min(map(height, own)) > self.lowest
 
     def _before(self, parent: str, branch: str) -> bool:
         """Whether a child is registered before the first child that holds blocks, or is a parameter."""

@@ -114,6 +114,28 @@ TABLE = [
     ("hiera", "for_pretraining", {"hiera.encoder.stages.0.layers.0.layernorm_before.bias": "encoder.block[0]",
         "encoder_norm.bias": "connector", "multiscale_fusion.multi_scale_fusion_heads.0.weight": "connector",
         "decoder.decoder_norm.bias": "head"}),
+    ("blip", "visual_question", {"vision_model.post_layernorm.weight": "connector"}),
+    ("mask2former", "base", {"pixel_level_module.encoder.swin.layernorm.weight": "connector"}),
+    ("depth_pro", "base", {"encoder.patch_encoder.model.layernorm.weight": "head"}),
+    ("maskformer", "base", {"pixel_level_module.decoder.fpn.stem.0.weight": "connector"}),
+    ("blt", "base", {"local_decoder.patch_embedding_projection.weight": "connector"}),
+    ("bark", "waveform", {"semantic.layernorm_final.weight": "head"}),
+    ("vit_mae", "for_pretraining", {"decoder.decoder_embed.weight": "connector", "decoder.mask_token": "embeddings"}),
+    ("efficientloftr", "matching", {"refinement_layer.out_conv.weight": "connector"}),
+    ("omdet-turbo", "object_detection", {"encoder.channel_projection_layers.0.0.weight": "connector"}),
+    ("speecht5", "spectrogram", {"speecht5.encoder.wrapped_encoder.layers.1.layer_norm.bias": "encoder.block[1]",
+        "speecht5.decoder.prenet.layers.0.weight": "embeddings", "speech_decoder_postnet.feat_out.bias": "head"}),
+    ("qwen3_omni_moe", "waveform", {"code2wav.decoder.1.block.2.conv1.conv.weight": "head",
+        "thinker.model.audio_tower.ln_post.weight": "connector"}),
+    ("fun_asr_nano", "base", {"multi_modal_projector.layers.1.self_attn.q_proj.weight": "adaptor.block[1]",
+        "multi_modal_projector.linear_1.weight": "connector"}),
+    ("sam3", "base", {"geometry_encoder.final_proj.weight": "embeddings"}),
+    ("seamless_m4t", "base", {"vocoder.dur_predictor.conv1.weight": "connector",
+        "vocoder.hifi_gan.conv_pre.weight": "connector"}),
+    ("levit", "for_image", {"encoder.stages.0.layers.3.module.linear_up.linear.weight": "block[1]",
+        "encoder.stages.0.layers.4.queries.linear.weight": "block[2]",  # leads to the second stage
+        "encoder.stages.0.layers.5.module.linear_up.linear.weight": "block[2]",
+        "encoder.stages.2.layers.2.module.projection.linear.weight": "block[5]"}),
     ("perceiver", "masked", {"perceiver.decoder.output_position_encodings.position_embeddings": "head",
         "perceiver.encoder.cross_attention.mlp.dense1.bias": "embeddings"}),
 ]  # fmt: skip
@@ -151,6 +173,8 @@ ORDER = {
     "vits": ["text", "flow", "decoder"],
     "qwen2_5_omni multimodal": ["audio", "vision", "text", "talker", "code2wav", "vocoder"],
     "qwen3_omni_moe multimodal": ["audio", "vision", "text", "talker", "talker.predictor", "code2wav"],
+    "kyutai_speech_to_text speech": ["codec.encoder", "codec.decoder", "text"],
+    "fun_asr_nano": ["audio", "adaptor", "text"],
     "janus": ["codec", "codec.mid", "codec.decoder", "codec.decoder2", "vision", "text"],
     "oneformer": ["vision.encoder", "vision.decoder", "decoder", "decoder.part"],
 }
@@ -196,3 +220,10 @@ def test_stacks_in_the_order_of_execution(pair):
     model_type, _, auto = pair.partition(" ")
     tops = {g.stack: g.level for g in layer_groups(model_of(model_type, auto or "base")) if "block[" in g.name}
     assert list(dict.fromkeys(sorted(tops, key=lambda stack: (tops[stack], stack)))) == ORDER[pair]
+
+
+def test_what_runs_between_two_blocks_serves_the_upper_one():
+    pair = next(pair for pair in model_zoo.pairs() if pair.model_type == "minicpmv4_7_vision")
+    for layers, group in ((3, "head"), (9, "block[7]")):  # after the seventh block, where there is one
+        home = {name: g.name for g in layer_groups(model_zoo.build(pair, layers)) for name in g.parameter_names}
+        assert home["vit_merger.self_attn.k_proj.weight"] == group
