@@ -140,7 +140,7 @@ CONNECTOR = (
     r"^image_(newline|separator)|^view_separator|link_tower|^cross_modal_\w+_(transform|layernorm)$|enc_to_dec_proj|^embed_(vision|audio)$|^adapter$",
     r"^(image_to_)?(language|text|vision|audio|image|visual|speech)_(model_)?(projection|proj|adapter)$|qformer|^query_tokens$",
     r"^high_res_vision_|^(latents|semantic_adapter|fc_encoder|latent_proj|encoder_to_decoder|keypoint_encoder)$|quantize|quant_conv",
-    r"^(dur(ation)?|pitch|energy)_(predictor|embed)$|^decoder_embed(dings)?$",
+    r"^(dur(ation)?|pitch|energy)_(predictor|embed)$|^decoder_embed(dings)?$|^visual_embeddings_table$",
 )
 
 # Tables inside the first block that serve all blocks.

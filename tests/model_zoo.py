@@ -145,7 +145,7 @@ VALUES: dict[str, dict[str, Any]] = {
 # What stands in for the towers of timm where it cannot be used: it wants torchvision.
 STAND_INS: dict[str, Callable[[], Any]] = {
     "timm_backbone": lambda: transformers.ResNetConfig(out_features=["stage2", "stage3", "stage4"]),
-    "timm_wrapper": lambda: transformers.ViTConfig(num_hidden_layers=3),
+    "timm_wrapper": lambda: transformers.ViTConfig(num_hidden_layers=3, model_args={"embed_dim": 768}),
 }
 TIMM = transformers.utils.is_timm_available() and transformers.utils.is_torchvision_available()
 

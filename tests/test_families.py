@@ -127,6 +127,7 @@ TABLE = [
         "speecht5.decoder.prenet.layers.0.weight": "embeddings", "speech_decoder_postnet.feat_out.bias": "head"}),
     ("qwen3_omni_moe", "waveform", {"code2wav.decoder.1.block.2.conv1.conv.weight": "head",
         "thinker.model.audio_tower.ln_post.weight": "connector"}),
+    ("ovis2", "base", {"visual_embeddings_table.weight": "connector"}),
     ("fun_asr_nano", "base", {"multi_modal_projector.layers.1.self_attn.q_proj.weight": "adaptor.block[1]",
         "multi_modal_projector.linear_1.weight": "connector"}),
     ("sam3", "base", {"geometry_encoder.final_proj.weight": "embeddings"}),
