@@ -18,6 +18,7 @@ transformers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
 BLOCKS = 4
+LAUNCHED = {"accelerated", "ddp", "fsdp", "trainer", "two", "undisturbed"}
 EXAMPLES = 28  # 7 batches of 4 in an epoch; with accumulation 3 the last window is partial
 
 
@@ -39,8 +40,11 @@ def hashes(model: torch.nn.Module) -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what trains with a Trainer, so that the run at each save can leave it out."""
+    """Mark what trains with a Trainer, so that the run at each save can leave it out; keep on one worker what shares
+    processes that a fixture launches."""
     for item in items:
+        if launched := LAUNCHED.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.xdist_group(min(launched)))
         if "make_trainer" in item.fixturenames:
             item.add_marker("trains")
 

@@ -12,4 +12,4 @@ debian_packages "${VENV:-.venv-test}" dataset-fashion-mnist asterisk-core-sounds
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1 # in recipes and notebooks that a test starts: threads of two at a time spin against each other
 [ $# -gt 0 ] || set -- -m "not slow"
-exec "$python" -m pytest -n 2 "$@"
+exec "$python" -m pytest -n 2 --dist loadgroup "$@"
