@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -47,6 +47,12 @@ class Options:
                 f"prefix_dtype={self.prefix_dtype!r}: write {' or '.join(HALVES)}, or None for that of the model."
                 + near_match(str(self.prefix_dtype), HALVES)
             )
+
+    @property
+    def told(self) -> str:
+        """What is not as by default: ``layer_decay=0.9, pull=0.01``."""
+        given = ((option.name, getattr(self, option.name), option.default) for option in fields(self))
+        return ", ".join(f"{name}={value!r}" for name, value, default in given if value != default)
 
     @property
     def own_rates(self) -> bool:

@@ -99,7 +99,7 @@ class Unfreezer:
         cache: str | FrozenPrefixCache | None = None,
         probe: Probe | None = None,
     ) -> None:
-        options = Options(
+        self._options = options = Options(
             layer_decay,
             block_warmup,
             frozen_eval,
@@ -298,7 +298,8 @@ class Unfreezer:
             follower.close()
 
     def _announcement(self) -> list[str]:
-        return announcement(self._step, self._current, self.phases, self.groups)
+        said = announcement(self._step, self._current, self.phases, self.groups)
+        return [*said, f"with {self._options.told or 'no options'}"]
 
     def _upcoming(self) -> list[Phase]:
         possible = [Phase(self._step, names) for names in self.schedule.decided(self.groups)]

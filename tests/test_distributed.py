@@ -171,11 +171,12 @@ def test_ranks_with_other_metrics_and_other_gradients_decide_alike(tmp_path):
 
 
 def test_ranks_that_disagree_all_raise_before_a_weight_moves(tmp_path):
-    results = children("disagree", tmp_path, "schedule", "set", "step", "sharded")[0]
+    results = children("disagree", tmp_path, "schedule", "set", "step", "options", "sharded")[0]
     said = {
         "schedule": ["from step 2 all", "from step 2 block[3], head"],
         "set": ["at step 0 trains head", "at step 0 trains block[3]"],
         "step": ["at step 0 trains head", "at step 3 trains all"],
+        "options": ["with layer_decay=0.9", "with no options"],
         "sharded": ["at step 0 trains head", "at step 0 trains block[3]"],
     }
     for scenario, both in said.items():

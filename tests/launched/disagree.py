@@ -21,10 +21,10 @@ def ddp_and_optimizer() -> tuple:
     return DistributedDataParallel(model), torch.optim.SGD(model.parameters(), lr=1e-2)
 
 
-def disagree(schedules, first_step=(0, 0)) -> dict:
-    """Each rank goes by a schedule and a step of its own."""
+def disagree(schedules, first_step=(0, 0), options=({}, {})) -> dict:
+    """Each rank goes by a schedule, a step and options of its own."""
     ddp, optimizer = ddp_and_optimizer()
-    unfreezer = Unfreezer(ddp, optimizer, schedules[rank])
+    unfreezer = Unfreezer(ddp, optimizer, schedules[rank], **options[rank])
     error = message(lambda: train(ddp, unfreezer, optimizer, rank, range(first_step[rank], 6)))
     unfreezer.close()
     return {"errors": everywhere(error), "moved": distance(ddp, fp64_bert())}
@@ -66,6 +66,7 @@ TOGETHER = {
     "schedule": partial(disagree, ("head@0, all@2step", "head@0, block[-1:]@2step")),
     "set": partial(disagree, ("head@0, all@2step", "block[-1:]@0, all@2step")),
     "step": partial(disagree, ("head@0, all@2step",) * 2, (0, 3)),
+    "options": partial(disagree, ("head@0, all@2step",) * 2, options=({"layer_decay": 0.9}, {})),
     "sharded": sharded,
 }
 run(TOGETHER | {"apart": apart, "late": late})
