@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ._fixed import without_fixed
 from ._quantised import without_quantised
 from .errors import ScheduleError
 from .groups import LayerGroup
@@ -17,7 +18,9 @@ _MARKS = ("modules_to_save.", "prompt_encoder.", "trainable_tokens_")  # besides
 
 
 def eligible_groups(model: nn.Module, groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:
-    """Keep what is not quantised; of a PEFT model only what is trainable when the run begins: its base stays frozen.
+    """Keep what is neither quantised nor fixed by the model itself.
+
+    Of a PEFT model only what is trainable when the run begins is kept: its base stays frozen.
 
     Where base weights are trainable too, every group is there twice: ``base.block[3]`` and, above all of the base,
     ``adapter.block[3]``. So ``gradual`` opens the adapters block by block, and then the base.
@@ -27,7 +30,7 @@ def eligible_groups(model: nn.Module, groups: Sequence[LayerGroup]) -> tuple[Lay
         ScheduleError: Nothing in the PEFT model is trainable, or every parameter is quantised.
     """
     if not getattr(model, "peft_config", None):
-        return without_quantised(model, groups)
+        return without_quantised(model, without_fixed(model, groups))
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise ScheduleError("this PEFT model has no trainable parameter. Load the adapter with is_trainable=True.")

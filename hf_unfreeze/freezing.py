@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import nn
 
+from ._fixed import without_fixed
 from ._quantised import without_quantised
 from .groups import LayerGroup, layer_groups
 from .schedule import parse_selectors
@@ -68,7 +69,7 @@ def set_trainable(model: nn.Module, selectors: str) -> None:
         EnvironmentRefused: No gradient would flow, for quantised layers.
         ScheduleError: A selector cannot be read, or matches nothing; every parameter is quantised.
     """
-    groups = without_quantised(model, layer_groups(model))
+    groups = without_quantised(model, without_fixed(model, layer_groups(model)))
     phase = parse_selectors(selectors).phases(groups)[0]
     parameters = dict(model.named_parameters())
     apply_trainable(((g, [parameters[name] for name in g.parameter_names]) for g in groups), phase.trainable)
