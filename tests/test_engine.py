@@ -392,7 +392,7 @@ def test_wrong_use_is_refused_with_the_cure(make_trainer, case):
 def test_optimizers_are_checked():
     model = tiny_bert()
     with pytest.raises(OptimizerError, match="ScheduleFreeAdamW cannot be used"):
-        Unfreezer(model, ScheduleFreeAdamW(model.parameters()), "all_at_once")
+        Unfreezer(model, ScheduleFreeAdamW(model.parameters()), "head@0, all@2step")
     with pytest.raises(OptimizerError, match="lacks bert"):
         Unfreezer(model, torch.optim.AdamW(model.classifier.parameters()), "all_at_once")
     assert all(parameter.requires_grad for parameter in model.parameters())
