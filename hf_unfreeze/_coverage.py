@@ -4,33 +4,56 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
-from weakref import WeakSet
+from typing import Protocol
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
 
-from .errors import OptimizerError, UnfreezeError
+from .errors import OptimizerError
 from .groups import LayerGroup
 from .optim import unsuitable
 from .schedule import Phase, Schedule, spec_of
 
-__all__ = ["check_optimizer", "claim", "opened_since", "release", "train_everything", "warn_unreached"]
-
-_AT_WORK: WeakSet[nn.Module] = WeakSet()  # models without wrappers
+__all__ = ["check_optimizer", "claim", "opened_since", "release", "take_over", "train_everything", "warn_unreached"]
 
 
-def claim(model: nn.Module) -> None:
-    """Keep a second Unfreezer away until the model is released."""
-    if model in _AT_WORK:
-        raise UnfreezeError(
-            "another Unfreezer is at work on this model, and the two would undo each other. close() it first."
+class Closes(Protocol):
+    """What puts a model back as it was."""
+
+    def close(self) -> None:
+        """Do so."""
+
+
+_AT_WORK: WeakKeyDictionary[nn.Module, ref[Closes]] = WeakKeyDictionary()  # by the model without wrappers
+
+
+def take_over(model: nn.Module) -> None:
+    """Close the Unfreezer that is still at work on a model: two would undo each other, and a notebook loses one easily.
+
+    It cannot go on unseen: its next ``step()`` says that it is closed.
+    """
+    known = _AT_WORK.pop(model, None)
+    earlier = known() if known is not None else None
+    if earlier is not None:
+        earlier.close()
+        warnings.warn(
+            "an earlier Unfreezer was still at work on this model, and is closed now. "
+            "Write unfreezer.close() at the end of each run.",
+            UserWarning,
+            stacklevel=3,
         )
-    _AT_WORK.add(model)
 
 
-def release(model: nn.Module) -> None:
-    """Let another Unfreezer have the model."""
-    _AT_WORK.discard(model)
+def claim(model: nn.Module, unfreezer: Closes) -> None:
+    """Note who is at work on a model."""
+    _AT_WORK[model] = ref(unfreezer)
+
+
+def release(model: nn.Module, unfreezer: Closes) -> None:
+    """Note that it is at work no more."""
+    if model in _AT_WORK and _AT_WORK[model]() is unfreezer:
+        del _AT_WORK[model]
 
 
 def opened_since(phases: Sequence[Phase]) -> dict[str, int]:

@@ -14,7 +14,7 @@ from torch import nn
 from ._adapters import eligible_groups
 from ._checkpointing import Checkpointing
 from ._compiling import GraphLimit
-from ._coverage import check_optimizer, claim, opened_since, release, train_everything, warn_unreached
+from ._coverage import check_optimizer, claim, opened_since, release, take_over, train_everything, warn_unreached
 from ._decisions import decisions_of
 from ._kept import BestWeights, Kept, Pretrained
 from ._options import HALVES, Options, whole_number
@@ -115,9 +115,10 @@ class Unfreezer:
         refuse_wrappers(model)
         self.optimizer = raw_optimizer(optimizer)
         root = unwrap(model)
-        named = dict(root.named_parameters())
         schedule, cache = recommended(schedule, cache)
         self.schedule = parse_schedule(schedule)
+        take_over(root)
+        named = dict(root.named_parameters())
         self.groups = eligible_groups(root, layer_groups(root))
         self._members = [(group, [named[name] for name in group.parameter_names]) for group in self.groups]
         kept = FrozenPrefixCache.parse(cache)
@@ -146,8 +147,8 @@ class Unfreezer:
         self.pull: Pull | None = None
         self.best: BestWeights | None = None
         self._closed = False
-        claim(root)
         self._root = root
+        claim(root, self)
         with ExitStack() as stack:
             stack.callback(self.close)  # what raises while hooks are set leaves none behind
             self._follow(model, root, named, options)
@@ -291,7 +292,7 @@ class Unfreezer:
         if self._closed:
             return
         self._closed = True
-        release(self._root)
+        release(self._root, self)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         for follower in reversed(self._followers):

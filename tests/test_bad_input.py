@@ -116,19 +116,25 @@ def test_wrong_input_is_refused_with_the_cure(case):
         wrong()
 
 
-def test_two_at_a_time_are_refused_and_the_first_goes_on():
+def test_a_second_one_closes_the_first_and_tells_both():
     model = tiny_bert()
     optimizer = torch.optim.AdamW(model.parameters())
     first = Unfreezer(model, optimizer, "head@0")
     first.step(0)
-    with pytest.raises(UnfreezeError, match=r"another Unfreezer is at work on this model.*close\(\) it first"):
-        Unfreezer(model, optimizer, "block[-1]@0")
-    assert not model.bert.encoder.layer[3].output.dense.weight.requires_grad and "train" in vars(model)
-    first.close()
     with pytest.raises(ScheduleError):
-        Unfreezer(model, optimizer, "blok@0")
-    Unfreezer(model, optimizer, "block[-1]@0").close()
+        Unfreezer(model, optimizer, "block[@0")
+    assert not model.bert.encoder.layer[3].output.dense.weight.requires_grad and "train" in vars(model)
+    with pytest.warns(UserWarning, match="an earlier Unfreezer was still at work on this model, and is closed now"):
+        second = Unfreezer(model, optimizer, "block[-1]@0")
+    with pytest.raises(UnfreezeError, match="this Unfreezer is closed"):
+        first.step(1)
+    second.step(0)
+    first.close()
+    open_now = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert open_now == {name for name, _ in model.named_parameters() if ".layer.3." in name}
+    second.close()
     assert all(parameter.requires_grad for parameter in model.parameters()) and "train" not in vars(model)
+    Unfreezer(model, optimizer, "block[-1]@0").close()
 
 
 @pytest.mark.parametrize("number", [torch.tensor(0.5), torch.tensor([0.5]), np.float32(0.5), np.float64(0.5), 0.5])
