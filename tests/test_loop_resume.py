@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from conftest import hashes, tiny_bert, tiny_data
 from transformers import default_data_collator
 
@@ -29,6 +30,14 @@ RUNS = {
     "auto_rates(every=2step, batches=2)": {},
     "learn_rates(speed=0.3, start=0.5, every=2step, batches=2)": {},
 }
+
+
+@pytest.fixture(autouse=True)
+def first_of_its_process():
+    """Accelerate keeps the accumulation of an earlier test's Trainer for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
 
 QUICK = list(RUNS)[1], list(RUNS)[3], list(RUNS)[5]
 
