@@ -15,7 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
 import small_data
 
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")  # Trainer's default
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),  # Trainer's default
+    pytest.mark.filterwarnings("ignore:mtime may not be reliable on this filesystem:UserWarning"),  # transformers 4
+]
 
 
 def test_so_many_labels_are_false_and_the_same_ones_each_time():
