@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
 
-from .groups import LayerGroup
+from .groups import LayerGroup, leave_out
 
 __all__ = ["without_fixed"]
 
@@ -22,10 +21,7 @@ def without_fixed(model: nn.Module, groups: Sequence[LayerGroup]) -> tuple[Layer
     Example:
         >>> groups = without_fixed(whisper, layer_groups(whisper))  # whose embeddings lack the sinusoids
     """
-    fixed = _fixed(model)
-    if not fixed:
-        return tuple(groups)
-    return tuple(replace(g, parameter_names=tuple(n for n in g.parameter_names if n not in fixed)) for g in groups)
+    return leave_out(groups, _fixed(model))
 
 
 def _fixed(model: nn.Module) -> set[str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
 
 from .errors import EnvironmentRefused, ScheduleError
-from .groups import LayerGroup
+from .groups import LayerGroup, leave_out
 
 __all__ = ["is_quantised", "without_quantised"]
 
@@ -38,8 +37,7 @@ def without_quantised(model: nn.Module, groups: Sequence[LayerGroup]) -> tuple[L
     """
     kind = type(model).__name__
     fixed = [name for name, p in model.named_parameters() if not p.requires_grad and is_quantised(p)]
-    gone = set(fixed)
-    kept = tuple(replace(g, parameter_names=tuple(n for n in g.parameter_names if n not in gone)) for g in groups)
+    kept = leave_out(groups, set(fixed))
     if not any(group.parameter_names for group in kept):
         raise ScheduleError(
             f"every parameter of {kind} is quantised, so nothing can train. "

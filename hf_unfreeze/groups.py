@@ -7,8 +7,8 @@ vision and audio. Parallel towers (CLIP, SigLIP, CLAP) are zipped from the top: 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from .architectures import Architecture, find_architecture
 from .detection import Layout, Place, detect
 from .errors import StructureError
 
-__all__ = ["LayerGroup", "explain_groups", "layer_groups"]
+__all__ = ["LayerGroup", "explain_groups", "layer_groups", "leave_out"]
 
 
 WRAPPERS = ("torch.nn.parallel", "torch._dynamo", "peft.")
@@ -61,6 +61,11 @@ def layer_groups(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> t
         StructureError: ``model`` is no module, or has no parameter.
     """
     return _assemble(model, _layout(model, inputs))[0]
+
+
+def leave_out(groups: Sequence[LayerGroup], names: Collection[str]) -> tuple[LayerGroup, ...]:
+    """Return the groups without some parameters; a group may be left with none."""
+    return tuple(replace(g, parameter_names=tuple(n for n in g.parameter_names if n not in names)) for g in groups)
 
 
 def explain_groups(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> dict[str, str]:
