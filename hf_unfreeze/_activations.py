@@ -218,4 +218,13 @@ def blank(batch: Batch, members: Sequence[int], hidden: torch.Tensor) -> torch.T
 def _ambient(device: torch.device) -> str:
     """What decides the bits of an activation outside of the model: device, autocast, precision."""
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return f" {device.type} {autocast} {torch.get_float32_matmul_precision()}"
+    return f" {device.type} {autocast} {_precision()}"
+
+
+def _precision() -> str:
+    """How float32 products are rounded. The old question fails once one of the settings of torch 2.9 was written."""
+    backends: Any = torch.backends
+    if not hasattr(backends, "fp32_precision"):
+        return f"{torch.get_float32_matmul_precision()} {backends.cudnn.allow_tf32}"
+    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    return " ".join(setting.fp32_precision for setting in settings)

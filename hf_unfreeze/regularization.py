@@ -54,6 +54,8 @@ class Pull:
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if (overflow := getattr(optimizer, "found_inf", None)) is not None and overflow.item():
+            return  # a fused optimizer under a GradScaler is called for a step that it then leaves out
         rates = self._rates()
         for name, anchor in self.anchors.items():
             parameter = self._parameters[name]

@@ -1,4 +1,5 @@
-"""Shared by all tests: a tiny model, a tiny data set, and a Trainer over both. No network, no GPU."""
+"""Shared by all tests: a tiny model, a tiny data set, and a Trainer over both. No network; no GPU but with
+TEST_DEVICE=cuda, where every Trainer of ``make_trainer`` trains on one, and what only a GPU can do is tested too."""
 
 from __future__ import annotations
 
@@ -8,6 +9,9 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+if DEVICE == "cuda":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products in one order, so that bits can be compared
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 transformers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)
+torch.use_deterministic_algorithms(DEVICE == "cuda")
 
 BLOCKS = 4
 LAUNCHED = {"accelerated", "ddp", "fsdp", "trainer", "two", "undisturbed"}
@@ -36,7 +41,7 @@ def tiny_data(seed: int = 0) -> list[dict]:
 
 
 def hashes(model: torch.nn.Module) -> dict[str, str]:
-    return {n: hashlib.sha256(p.detach().numpy().tobytes()).hexdigest() for n, p in model.named_parameters()}
+    return {n: hashlib.sha256(p.detach().cpu().numpy().tobytes()).hexdigest() for n, p in model.named_parameters()}
 
 
 def pytest_collection_modifyitems(items):
@@ -63,7 +68,7 @@ def build_trainer(
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": DEVICE == "cpu",
         "seed": 3,
     }
     return Trainer(

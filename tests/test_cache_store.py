@@ -114,6 +114,16 @@ def test_half_precision_is_near_and_half_the_size(make_trainer):
     assert one != other and one == pytest.approx(other, rel=0.05)
 
 
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="a setting of torch 2.9")
+def test_the_precision_of_products_is_part_of_the_key(make_trainer, monkeypatch):
+    """TrainingArguments(tf32=True) writes this setting, and torch's older question then fails."""
+    cache = FrozenPrefixCache()
+    make_trainer(UnfreezeCallback("head@0", cache=cache)).train()
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")
+    make_trainer(UnfreezeCallback("head@0", cache=cache)).train()
+    assert cache.stats.misses == 2 * EXAMPLES
+
+
 def test_a_wrong_activation_is_found(monkeypatch):
     monkeypatch.setattr(activations_module, "CHECK_EVERY", 4)
     model, cache = tiny_bert(), FrozenPrefixCache()

@@ -54,6 +54,26 @@ def test_pull_is_the_hand_written_update():
     assert not optimizers[0]._optimizer_step_post_hooks
 
 
+def test_pull_leaves_out_the_step_that_a_scaler_leaves_out():
+    """A fused optimizer is called with the news of an overflow; any other is not called at all."""
+    model = tiny_bert()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    unfreezer = Unfreezer(model, optimizer, "all_at_once", pull=0.5)
+    ends = [hashes(model)]
+    for step, factor in enumerate((1.0, float("inf"), 1.0)):
+        unfreezer.step(step)
+        loss = model(input_ids=torch.arange(8)[None], labels=torch.tensor([1])).loss
+        scaler.scale(loss * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        ends.append(hashes(model))
+    unfreezer.close()
+    assert ends[1] == ends[2]
+    assert len(set(ends[i]["classifier.weight"] for i in (0, 1, 3))) == 3
+
+
 def test_pull_keeps_weights_nearer_and_copies_only_what_opened(make_trainer):
     ends = []
     for pull in (0.0, 5.0):

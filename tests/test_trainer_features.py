@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import hashes, tiny_bert
+from conftest import DEVICE, hashes, tiny_bert
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_unfreeze import UnfreezeCallback, layer_groups
@@ -29,6 +29,13 @@ FEATURES = {
     "no last batch": {"dataloader_drop_last": True, "per_device_train_batch_size": 5},
     "accumulated evaluation": {"eval_strategy": "steps", "eval_steps": 3, "eval_accumulation_steps": 1},
 }
+if DEVICE == "cuda":
+    FEATURES |= {
+        "fp16 and a scaler": {"fp16": True},
+        "fp16, a scaler inside the optimizer": {"fp16": True, "optim": "adamw_torch_fused"},
+        "tf32": {"tf32": True},
+        "compiled": {"torch_compile": True},
+    }
 
 
 @pytest.fixture(params=FEATURES)
