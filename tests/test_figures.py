@@ -81,6 +81,7 @@ def test_how_far_each_group_has_gone(make_trainer):
     before = copy.deepcopy(model.state_dict())
     trainer = make_trainer(UnfreezeCallback("head@0, block[3]@0"), model=model, max_steps=3)
     trainer.train()
+    model.cpu()
     gone = [bar.get_width() for bar in timeline(trainer, pretrained=before).axes[1].patches]
     assert gone[:4] == [0.0] * 4 and min(gone[4:]) > 0
     head = [(p.detach() - before[name]).square().sum() for name, p in model.named_parameters() if "layer" not in name]

@@ -56,7 +56,7 @@ def statistics(model):
     """The running statistics of each BatchNorm, by the group its weight is in."""
     homes = {name: group.name for group in layer_groups(model) for name in group.parameter_names}
     return {
-        (homes[f"{name}.weight"], name): (module.running_mean.clone(), module.num_batches_tracked.item())
+        (homes[f"{name}.weight"], name): (module.running_mean.cpu().clone(), module.num_batches_tracked.item())
         for name, module in model.named_modules()
         if isinstance(module, nn.BatchNorm2d)
     }

@@ -19,7 +19,7 @@ SCHEDULE = "head@0, block[-1]@3step, block[-2:]@7step, -block[-1]@12step, all@14
 
 
 def distance(model, start):
-    moved = [(p - q).detach().norm() for p, q in zip(model.parameters(), start.parameters(), strict=True)]
+    moved = [(p.cpu() - q).detach().norm() for p, q in zip(model.parameters(), start.parameters(), strict=True)]
     return float(torch.stack(moved).norm())
 
 

@@ -36,6 +36,7 @@ if DEVICE == "cuda":
         "tf32": {"tf32": True},
         "compiled": {"torch_compile": True},
     }
+pytestmark = pytest.mark.filterwarnings("ignore:\nOnline softmax is disabled:UserWarning")  # inductor, of itself
 
 
 @pytest.fixture(params=FEATURES)
