@@ -18,9 +18,9 @@ from .errors import UnfreezeError
 
 __all__ = ["Activations", "Stats", "blank"]
 
-# Tokens of one part of like length, into which missing examples are divided, since padding is computed for nothing.
-# What a forward costs besides its tokens is worth some thirty of a small model's on a CPU, and thousands elsewhere.
-PART_TOKENS, PART_TOKENS_ELSEWHERE = 200, 8192
+# Missing examples are divided into parts of like length, since padding is computed for nothing. What the forward of a
+# part costs besides its tokens is worth some forty tokens of a small model on a CPU, and thousands elsewhere.
+PART_COST, PART_COST_ELSEWHERE = 40, 8192
 CHECK_EVERY = 1000  # found examples, of which one is computed again
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest activation: another batch shape rounds anew
 HALF_TOLERANCE = 5e-2
@@ -29,12 +29,13 @@ Forward = Callable[..., Any]
 
 
 class Stats(Protocol):
-    """Examples looked up so far: found, and computed; how many of these were timed, and their seconds."""
+    """Examples found and computed so far; how many were timed, and their seconds; the seconds of looking things up."""
 
     hits: int
     misses: int
     timed: int
     seconds: float
+    looking: float
 
 
 class Activations:
@@ -126,7 +127,7 @@ class Activations:
     ) -> list[tuple[list[int], torch.Tensor]]:
         """Compute examples up to a boundary, each from as high as it is stored; keep what later phases need too."""
         computed = []
-        part_tokens = PART_TOKENS if self.prefix.device.type == "cpu" else PART_TOKENS_ELSEWHERE
+        part_cost = PART_COST if self.prefix.device.type == "cpu" else PART_COST_ELSEWHERE
         lower = sorted((b for b in self.wanted if b < boundary and not self.prefix.splits(b)), reverse=True)
         for start in (*lower, 0):
             rows = self._get(batch, missing, start) if start else [None] * len(missing)
@@ -135,7 +136,7 @@ class Activations:
                 continue
             found = dict(zip(missing, rows, strict=True))
             missing = [index for index in missing if index not in members]
-            for part, tokens in by_length(batch, members, part_tokens):
+            for part, tokens in by_length(batch, members, part_cost):
                 run = Run(start, stop=boundary, capture=self.between(start, boundary))
                 if start:
                     held = [row for row in map(found.get, part) if row is not None]
@@ -167,7 +168,8 @@ class Activations:
         device = self.prefix.device
         tokens = tokens or (batch.tokens if batch.padded else rows[0].shape[0])
         shape = (len(rows), tokens, *rows[0].shape[1:])
-        there = torch.zeros(shape, dtype=self._computed_in, pin_memory=device.type == "cuda")
+        make = torch.zeros if any(row.shape[0] < tokens for row in rows) else torch.empty
+        there = make(shape, dtype=self._computed_in, pin_memory=device.type == "cuda")
         for place, row in zip(there, rows, strict=True):
             place[: row.shape[0]] = row
         return there.to(device, non_blocking=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -228,11 +229,13 @@ class Caching:
         trust = stack.trust.setdefault(self._outer, _Trust())
         trusted = min(trust.up_to(self._model.training), boundary)
         unknown = self._watched is not None and trust.ragged is None and not self._outer
+        began, computing = time.perf_counter(), self._stats.seconds
         batch = self._read(stack, args, kwargs, bool(trust.ragged) or unknown)
         if batch is None or (self._watched is None and trusted < boundary):
             return original(*args, **kwargs)
         start = 0 if unknown and batch.padded else trusted
         run = Run(start, activations.at(start, batch, original) if start else None)
+        self._stats.looking += time.perf_counter() - began - (self._stats.seconds - computing)
         if self._watched is not None or self._fresh:
             run.watched, run.state = boundary, random_state(stack.prefix.device)
         if self._watched is not None:

@@ -130,9 +130,10 @@ def take(batch: Batch, rows: list[int], tokens: int = 0) -> dict[str, Any]:
     return taken
 
 
-def by_length(batch: Batch, rows: Sequence[int], part_tokens: int) -> list[tuple[list[int], int]]:
-    """Divide examples into parts of like length, of about ``part_tokens`` or more, each with the tokens that it needs.
+def by_length(batch: Batch, rows: Sequence[int], part_cost: int) -> list[tuple[list[int], int]]:
+    """Divide examples into parts of like length, each with the tokens that it is to be padded to.
 
+    Together they cost least, where a part costs ``part_cost`` tokens besides those of its examples and their padding.
     A batch whose arguments are not all along the tokens, so that they could not be cut, stays in one part: (rows, 0).
     """
     tables = {name: value for name, value in batch.inputs.items() if _is_table(value) and name not in IGNORED}
@@ -141,10 +142,18 @@ def by_length(batch: Batch, rows: Sequence[int], part_tokens: int) -> list[tuple
     ):
         return [(list(rows), 0)]
     ordered = sorted(rows, key=lambda row: batch.lengths[row])
-    parts = max(1, sum(batch.lengths[row] for row in ordered) // part_tokens)
-    size = -(-len(ordered) // parts)
-    pieces = [ordered[first : first + size] for first in range(0, len(ordered), size)]
-    return [(piece, batch.lengths[piece[-1]]) for piece in pieces]
+    lengths = [batch.lengths[row] for row in ordered]
+    best = {0: (0, 0)}  # for the first so many examples: the least that they cost, and where their last part begins
+    for end, (length, following) in enumerate(zip(lengths, [*lengths[1:], 0], strict=True), 1):
+        if length != following:
+            best[end] = min((cost + (end - first) * length + part_cost, first) for first, (cost, _) in best.items())
+    parts = []
+    end = len(ordered)
+    while end:
+        first = best[end][1]
+        parts.append((ordered[first:end], lengths[end - 1]))
+        end = first
+    return parts[::-1]
 
 
 def _is_table(value: Any) -> bool:

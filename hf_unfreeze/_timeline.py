@@ -129,7 +129,7 @@ def _cache(history: Records) -> str:
     if not asked:
         return ""
     share, saved = last["unfreeze/cache_hits"] / asked, last["unfreeze/cache_seconds_saved"]
-    return f"cache: {share:.0%} found, {saved:.3g} s of computing saved"
+    return f"cache: {share:.0%} found, {saved:.3g} s saved"
 
 
 def trains(spec: str, name: str) -> bool:

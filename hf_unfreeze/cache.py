@@ -20,9 +20,9 @@ from ._caching import Caching
 from ._store import DiskStore, MemoryStore, Store, free_memory
 from .errors import UnfreezeError, near_match
 from .freezing import Follower
-from .schedule import Phase
+from .schedule import RECOMMENDED, Phase, Schedule
 
-__all__ = ["CacheStats", "FrozenPrefixCache"]
+__all__ = ["CacheStats", "FrozenPrefixCache", "recommended"]
 
 FOLDER = "~/.cache/hf_unfreeze"
 ALLOWED = "a cache is 'memory', 'disk', 'disk:FOLDER', 'off' or a FrozenPrefixCache"
@@ -31,17 +31,18 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass
 class CacheStats:
-    """Examples looked up so far: found, and computed; how many of these were timed, and their seconds."""
+    """Examples found and computed so far; how many were timed, and their seconds; the seconds of looking things up."""
 
     hits: int = 0
     misses: int = 0
     timed: int = 0
     seconds: float = 0.0
+    looking: float = 0.0
 
     @property
     def seconds_saved(self) -> float:
-        """What computing the found ones would have taken, at the mean of those that were timed."""
-        return self.hits * self.seconds / self.timed if self.timed else 0.0
+        """What computing the found ones would have taken, at the mean of those that were timed, less all looking."""
+        return self.hits * self.seconds / self.timed - self.looking if self.timed else 0.0
 
 
 class FrozenPrefixCache:
@@ -129,3 +130,17 @@ class FrozenPrefixCache:
         """
         self.active = Caching(self.store, self.stats, self.dtype, model, upcoming, prefix_dtype)
         return self.active
+
+
+def recommended(
+    schedule: str | Schedule | None, cache: str | FrozenPrefixCache | None
+) -> tuple[str | Schedule, str | FrozenPrefixCache | None]:
+    """Return both as given; where there is no schedule, the recommended one, and on a CPU the cache in memory with it.
+
+    A GPU computes the frozen blocks of a model of ordinary size as fast as it is fed with what they gave before.
+    """
+    if schedule is not None:
+        return schedule, cache
+    if cache is None:
+        cache = "off" if torch.accelerator.is_available() else "memory"
+    return RECOMMENDED, cache

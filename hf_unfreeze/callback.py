@@ -29,10 +29,10 @@ from ._trainer import (
 from ._training_arguments import UnfreezeArguments
 from ._transition import as_record
 from ._watch import watch
-from .cache import FrozenPrefixCache
+from .cache import FrozenPrefixCache, recommended
 from .errors import UnfreezeError
 from .regularization import reinitialize as draw_anew
-from .schedule import Schedule, parse_schedule, parse_selectors, recommended
+from .schedule import Schedule, parse_schedule, parse_selectors
 from .unfreezer import Unfreezer
 
 __all__ = ["UnfreezeArguments", "UnfreezeCallback"]

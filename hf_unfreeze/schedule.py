@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import TypeVar
 
 from ._arguments import read_arguments
 from ._deciding import auto, auto_rates, build_named, freeze_converged, learn_rates, plateau, time_of
@@ -45,7 +44,6 @@ __all__ = [
     "parse_schedule",
     "parse_selectors",
     "plateau",
-    "recommended",
     "rotate",
     "spec_of",
     "top",
@@ -53,7 +51,6 @@ __all__ = [
 
 _NAMED = re.compile(r"([A-Za-z_]\w*)\s*(?:\((.*)\))?", re.DOTALL)
 RECOMMENDED = "top(0.5)"  # by recipes/benchmark.py: see the guide
-Cache = TypeVar("Cache")
 
 
 def parse_schedule(spec: str | Schedule) -> Schedule:
@@ -86,13 +83,6 @@ def parse_schedule(spec: str | Schedule) -> Schedule:
     if faults:
         raise ScheduleError(f"schedule {spec!r} cannot be read.\n  " + "\n  ".join(faults)) from None
     return Schedule(tuple(entries))
-
-
-def recommended(
-    schedule: str | Schedule | None, cache: Cache | str | None
-) -> tuple[str | Schedule, Cache | str | None]:
-    """Return both as given; where there is no schedule, the recommended one, and the cache that makes it fast."""
-    return (schedule, cache) if schedule is not None else (RECOMMENDED, "memory" if cache is None else cache)
 
 
 def _replay(path: Path) -> Schedule:

@@ -23,7 +23,7 @@ from ._probe import Probe, Prober
 from ._rates import Multipliers
 from ._resume import Memory
 from ._transition import Transition, announcement
-from .cache import FrozenPrefixCache
+from .cache import FrozenPrefixCache, recommended
 from .distributed import of_rank_0, process_followers, refuse_wrappers, unwrap
 from .errors import UnfreezeError
 from .freezing import Follower, FrozenEval, apply_trainable
@@ -31,7 +31,7 @@ from .groups import layer_groups
 from .optim import DropState, GroupRates, OffloadState, raw_optimizer
 from .optim import group_weight_decay as group_weight_decay_of
 from .regularization import Pull, RaisedDropout
-from .schedule import Phase, Schedule, parse_schedule, recommended, spec_of
+from .schedule import Phase, Schedule, parse_schedule, spec_of
 
 __all__ = ["Probe", "Transition", "Unfreezer"]
 

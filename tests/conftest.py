@@ -9,9 +9,6 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-DEVICE = os.environ.get("TEST_DEVICE", "cpu")
-if DEVICE == "cuda":
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products in one order, so that bits can be compared
 
 import pytest
 import torch
@@ -20,7 +17,10 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 
 transformers.utils.logging.set_verbosity_error()
 torch.set_num_threads(1)
-torch.use_deterministic_algorithms(DEVICE == "cuda")
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+if DEVICE == "cuda":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # products in one order, so that bits can be compared
+    torch.use_deterministic_algorithms(True)
 
 BLOCKS = 4
 LAUNCHED = {"accelerated", "ddp", "fsdp", "trainer", "two", "undisturbed"}

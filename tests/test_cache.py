@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from collections import Counter
 
 import pytest
 import torch
 from conftest import BLOCKS, DEVICE, EXAMPLES, hashes, tiny_bert, tiny_data
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -133,7 +136,7 @@ def test_padding_to_different_lengths(make_trainer):
 
 def test_padding_is_left_out_where_the_frozen_blocks_run(monkeypatch):
     """Missing examples run in parts of like length, one alone at its own; a batch that was padded on stays so wide."""
-    monkeypatch.setattr("hf_unfreeze._activations.PART_TOKENS", 16)
+    monkeypatch.setattr("hf_unfreeze._activations.PART_COST", 4)
     data = ragged_data()
     batches = [pad(data[:7]), pad(data[7:14]), pad(data[14:21]), pad(data[21:22]), pad(data[5:9])]
     batches[3] = {k: nn.functional.pad(v, (0, 3)) if k != "labels" else v for k, v in batches[3].items()}
@@ -165,13 +168,23 @@ def test_padding_is_left_out_where_the_frozen_blocks_run(monkeypatch):
     assert (computed[3], computed[4]) == (lengths[2][0], 0)
 
 
-def test_parts_hold_the_tokens_asked_for():
-    lengths = [5, 3, 9, 4, 8, 7]
-    mask = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
-    batch = read_batch({"input_ids": torch.ones(6, 9, dtype=torch.long), "attention_mask": mask}, ragged=True)
-    assert by_length(batch, range(6), 12) == [([1, 3], 4), ([0, 5], 7), ([4, 2], 9)]
-    assert by_length(batch, [4, 0, 1], 12) == [([1, 0, 4], 8)]  # one part, though not as long as the batch
-    assert by_length(batch, range(6), 100) == [([1, 3, 0, 5, 4, 2], 9)]
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=7), st.integers(0, 40))
+def test_no_other_parts_would_cost_less(lengths, part_cost):
+    def cost(parts):
+        return sum(max(part) * len(part) + part_cost for part in parts)
+
+    mask = (torch.arange(13) < torch.tensor(lengths)[:, None]).long()
+    batch = read_batch({"input_ids": torch.ones_like(mask), "attention_mask": mask}, ragged=True)
+    parts = by_length(batch, range(len(lengths)), part_cost)
+    assert sorted(row for part, _ in parts for row in part) == list(range(len(lengths)))
+    assert all(tokens == max(lengths[row] for row in part) for part, tokens in parts)
+    ordered = sorted(lengths)
+    others = [
+        [ordered[first:end] for first, end in itertools.pairwise((0, *cuts, len(ordered)))]
+        for count in range(len(ordered))
+        for cuts in itertools.combinations(range(1, len(ordered)), count)
+    ]
+    assert cost([[lengths[row] for row in part] for part, _ in parts]) == min(map(cost, others))
 
 
 def test_what_is_one_number_for_an_example_goes_with_it():

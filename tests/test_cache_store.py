@@ -243,6 +243,12 @@ def test_without_a_schedule_the_upper_half_trains_over_a_cache(make_trainer, cal
     assert UnfreezeCallback(cache="off").cache is None
 
 
+def test_without_a_schedule_a_gpu_gets_no_cache_unless_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert UnfreezeCallback().cache is None
+    assert UnfreezeCallback(cache="memory").cache is not None
+
+
 def test_a_loop_without_a_schedule_has_the_same():
     model = tiny_bert()
     counts = count_rows(model)

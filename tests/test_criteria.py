@@ -154,7 +154,10 @@ def test_outputs_of_blocks_are_compared_with_the_model_that_the_run_began_with(m
     drawn = torch.randperm(EXAMPLES, generator=torch.Generator().manual_seed(3))[:4].tolist()
     ids = torch.stack([trainer.train_dataset[i]["input_ids"] for i in drawn])
     with torch.no_grad():
-        first, fourth = (models[step].bert(ids.to(models[step].device), output_hidden_states=True).hidden_states[1:] for step in (0, 4))
+        first, fourth = (
+            models[step].bert(ids.to(models[step].device), output_hidden_states=True).hidden_states[1:]
+            for step in (0, 4)
+        )
     for block, (before, now) in enumerate(zip(first, fourth, strict=True)):
         expected = 1 - similarity(now.flatten(0, 1), before.flatten(0, 1))
         assert record["unfreeze/worth"][f"block[{block}]"] == pytest.approx(expected, abs=1e-5) and expected > 1e-4

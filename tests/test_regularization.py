@@ -71,7 +71,7 @@ def test_pull_leaves_out_the_step_that_a_scaler_leaves_out():
         ends.append(hashes(model))
     unfreezer.close()
     assert ends[1] == ends[2]
-    assert len(set(ends[i]["classifier.weight"] for i in (0, 1, 3))) == 3
+    assert len({ends[i]["classifier.weight"] for i in (0, 1, 3)}) == 3
 
 
 def test_pull_keeps_weights_nearer_and_copies_only_what_opened(make_trainer):
