@@ -6,52 +6,24 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ._activations import Activations, Forward, Stats, blank
-from ._exact import buffers_kept, detached, gradient_source, same_outputs, unfit
+from ._activations import Activations, Forward, Stats
+from ._exact import buffers_kept, detached, same_outputs, unfit
 from ._keys import PAST, Batch, Unkeyed
-from ._prefix import Prefix, Run, find_prefixes
+from ._prefix import Run, find_prefixes
 from ._shadow import Shadow, random_state, set_random_state
+from ._stacks import SPLIT, Stack, Trust, Watched, is_padded, problem_of, replay_of, ways
 from ._store import Store
 from .schedule import Phase
 
 __all__ = ["Caching"]
 
 PATIENCE = 3  # forwards that do not come by a stack before its check is given up
-SPLIT = "the blocks hand on more than one tensor, and not all of them are frozen"
 UPSET = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError)
-
-
-@dataclass
-class _Trust:
-    """Up to which boundary the check held under one outermost module, in train and in eval mode."""
-
-    boundary: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
-    ragged: bool | None = None  # whether padding may be left out of keys and rows; None: not seen yet
-    missed: int = 0
-    generates: bool = False  # returns keys and values of every block, which in eval mode somebody may want
-
-    def up_to(self, training: bool) -> int:
-        return self.boundary[True] if training else max(self.boundary.values())
-
-
-class _Stack:
-    """A prefix, and how far it is frozen and trusted."""
-
-    def __init__(self, prefix: Prefix, activations: Activations) -> None:
-        self.prefix, self.activations = prefix, activations
-        self.boundary = 0
-        self.off = False
-        self.problem = ""
-        self.trust: dict[str, _Trust] = {}
-
-
-Watched = dict[_Stack, list[tuple[Batch, Run]]]
 
 
 class Caching:
@@ -70,13 +42,13 @@ class Caching:
         self._model, self._upcoming = model, upcoming
         reason = unfit(model)
         prefixes = [] if reason else find_prefixes(model)
-        self._stacks = [_Stack(prefix, Activations(prefix, store, stats, dtype, prefix_dtype)) for prefix in prefixes]
+        self._stacks = [Stack(prefix, Activations(prefix, store, stats, dtype, prefix_dtype)) for prefix in prefixes]
         if not self._stacks:
             self._say(reason or "the model has no stack of blocks, each one module, with embeddings below")
         self._stats = stats
         self._outer: str | None = None  # name of the outermost module of the present forward; the root has none
         self._watched: Watched | None = None
-        self._replay: dict[_Stack, Iterator[torch.Tensor]] = {}
+        self._replay: dict[Stack, Iterator[torch.Tensor]] = {}
         self._fresh = False
         self._trainable: set[int] = set()
         self._shadows: list[Shadow] = []
@@ -112,7 +84,7 @@ class Caching:
             self._shadows.pop().close()
         self._stacks.clear()
 
-    def _at_host(self, name: str, stack: _Stack, original: Forward, args: tuple[Any, ...], kwargs: Any) -> Any:
+    def _at_host(self, name: str, stack: Stack, original: Forward, args: tuple[Any, ...], kwargs: Any) -> Any:
         return self._outermost(name, functools.partial(self._through, stack, original), args, kwargs)
 
     def _outermost(self, name: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,12 +104,12 @@ class Caching:
 
     def _due(self, name: str, kwargs: dict[str, Any]) -> bool:
         for stack in self._stacks:
-            trust = stack.trust.setdefault(name, _Trust())
+            trust = stack.trust.setdefault(name, Trust())
             if not stack.boundary or trust.missed >= PATIENCE:
                 continue
             if trust.up_to(self._model.training) < stack.boundary:
                 return True
-            if trust.ragged is None and not name and _padded(kwargs):
+            if trust.ragged is None and not name and is_padded(kwargs):
                 return True
         return False
 
@@ -155,7 +127,7 @@ class Caching:
             self._watched = None
             self._drop_unfit(name, watched)
             reason, ragged = "", False
-            for ragged in _ways(watched):
+            for ragged in ways(watched):
                 set_random_state(state, device)
                 reason = self._difference(watched, ragged, expected, call)
                 if not reason:
@@ -167,7 +139,7 @@ class Caching:
                 self._switch_off(stack, reason)
             else:
                 self._accept(stack, stack.trust[name], calls, ragged)
-        self._replay = {} if reason else _replay(watched, ragged)
+        self._replay = {} if reason else replay_of(watched, ragged)
         self._fresh = self._fresh and not self._model.training
 
     def _drop_unfit(self, name: str, watched: Watched) -> None:
@@ -175,14 +147,14 @@ class Caching:
             if stack.boundary and stack not in watched:
                 stack.trust[name].missed += 1
         for stack, calls in list(watched.items()):
-            reason = next(filter(None, (_problem(stack, batch, run, self._model) for batch, run in calls)), "")
+            reason = next(filter(None, (problem_of(stack, batch, run, self._model) for batch, run in calls)), "")
             if reason:
                 self._switch_off(stack, reason)
                 del watched[stack]
 
     def _difference(self, watched: Watched, ragged: bool, expected: Any, call: Forward) -> str:
         """Return why the output is another one when the frozen blocks are passed over, or an empty string."""
-        self._replay = _replay(watched, ragged)
+        self._replay = replay_of(watched, ragged)
         try:
             actual = call()
         except UPSET as error:
@@ -193,7 +165,7 @@ class Caching:
             return ""
         return "something besides the blocks above them reads what the frozen blocks compute"
 
-    def _accept(self, stack: _Stack, trust: _Trust, calls: list[tuple[Batch, Run]], ragged: bool) -> None:
+    def _accept(self, stack: Stack, trust: Trust, calls: list[tuple[Batch, Run]], ragged: bool) -> None:
         training = self._model.training
         trust.boundary[training] = max(stack.boundary, trust.boundary[training])
         for batch, run in calls:
@@ -219,14 +191,14 @@ class Caching:
         set_random_state(state, device)
         return call()
 
-    def _through(self, stack: _Stack, original: Forward, *args: Any, **kwargs: Any) -> Any:
+    def _through(self, stack: Stack, original: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run a host from the stored activations, or as it is."""
         if not stack.boundary or self._outer is None:
             return original(*args, **kwargs)
         activations, boundary = stack.activations, stack.boundary
         if stack in self._replay:
             return activations.run(Run(boundary, next(self._replay[stack])), original, *args, **kwargs)
-        trust = stack.trust.setdefault(self._outer, _Trust())
+        trust = stack.trust.setdefault(self._outer, Trust())
         trusted = min(trust.up_to(self._model.training), boundary)
         unknown = self._watched is not None and trust.ragged is None and not self._outer
         began, computing = time.perf_counter(), self._stats.seconds
@@ -247,7 +219,7 @@ class Caching:
         stack.problem = run.problem
         return output
 
-    def _read(self, stack: _Stack, args: tuple[Any, ...], kwargs: dict[str, Any], ragged: bool) -> Batch | None:
+    def _read(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any], ragged: bool) -> Batch | None:
         """Return the batch with its keys, or None for a forward that has to run as it is."""
         names = stack.prefix.positional
         config = getattr(stack.prefix.host, "config", None)
@@ -265,7 +237,7 @@ class Caching:
                 self._say(f"{reason}; such a forward runs in full")
             return None
 
-    def _switch_off(self, stack: _Stack, reason: str) -> None:
+    def _switch_off(self, stack: Stack, reason: str) -> None:
         stack.off, stack.boundary = True, 0
         self._say(f"{reason}; it is off" + (f" for {stack.prefix.stack}" if stack.prefix.stack else ""))
 
@@ -273,42 +245,3 @@ class Caching:
         if reason not in self.off:
             self.off = f"{self.off}; {reason}" if self.off else reason
             warnings.warn(f"frozen-prefix cache: {reason}", UserWarning, stacklevel=2)
-
-
-def _problem(stack: _Stack, batch: Batch, run: Run, model: nn.Module) -> str:
-    """Return why a stack cannot be cached, as a full run showed it, or an empty string."""
-    below = [index for index in run.calls if index < stack.boundary]
-    hidden = run.captured.get(stack.boundary)
-    if run.problem:
-        return run.problem
-    if hidden is None or below != list(range(run.start, stack.boundary)):
-        return "the blocks are not called once each, in order"
-    if stack.prefix.splits(stack.boundary):
-        return SPLIT
-    if stack.prefix.batch_norm(stack.boundary):
-        return "a batch norm in the frozen blocks uses the statistics of each batch"
-    if hidden.dim() < 3 or hidden.shape[0] != batch.size:
-        return "the frozen blocks do not return one activation for each example"
-    return gradient_source(hidden, model)
-
-
-def _ways(watched: Watched) -> tuple[bool, ...]:
-    """First without padding, where there is any along the tokens; then with it."""
-    if not watched:
-        return ()
-    padded = [(batch, run) for calls in watched.values() for batch, run in calls if batch.padded]
-    fits = all(list(run.captured.values())[-1].shape[1] == batch.tokens for batch, run in padded)
-    return (True, False) if padded and fits else (False,)
-
-
-def _replay(watched: Watched, ragged: bool) -> dict[_Stack, Iterator[torch.Tensor]]:
-    replay = {}
-    for stack, calls in watched.items():
-        hidden = [(batch, run.captured[stack.boundary].detach()) for batch, run in calls]
-        replay[stack] = iter([blank(b, range(b.size), h) if ragged else h for b, h in hidden])
-    return replay
-
-
-def _padded(kwargs: dict[str, Any]) -> bool:
-    mask = kwargs.get("attention_mask")
-    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool((mask != 0).all())

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEDULES", "Search", "trials_figure", "trials_table"]
 
-SCHEDULES = ("head@0", "top(0.25)", "top(0.5)", "linear_probe(until=20%)", "gradual(every=10%)", "all_at_once")
+SCHEDULES = (
+    "head@0", "top(0.25)", "top(0.5)", "linear_probe(until=20%)", "gradual(every=10%)", "all_at_once",
+    "auto(relative_gradient_norm, every=10%)", "auto(validation_gradient, every=10%)",
+)  # fmt: skip
 
 Row = dict[str, Any]
 _METRICS = re.compile(r"\{'[^{}]*\}")  # as the Trainer prints them

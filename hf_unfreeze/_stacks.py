@@ -1,0 +1,87 @@
+"""What a run with and without the frozen prefix has shown of a stack, and what it takes to compare the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._activations import Activations, blank
+from ._exact import gradient_source
+from ._keys import Batch
+from ._prefix import Prefix, Run
+
+__all__ = ["SPLIT", "Stack", "Trust", "Watched", "is_padded", "problem_of", "replay_of", "ways"]
+
+SPLIT = "the blocks hand on more than one tensor, and not all of them are frozen"
+
+
+@dataclass
+class Trust:
+    """Up to which boundary the check held under one outermost module, in train and in eval mode."""
+
+    boundary: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    ragged: bool | None = None  # whether padding may be left out of keys and rows; None: not seen yet
+    missed: int = 0
+    generates: bool = False  # returns keys and values of every block, which in eval mode somebody may want
+
+    def up_to(self, training: bool) -> int:
+        return self.boundary[True] if training else max(self.boundary.values())
+
+
+class Stack:
+    """A prefix, and how far it is frozen and trusted."""
+
+    def __init__(self, prefix: Prefix, activations: Activations) -> None:
+        self.prefix, self.activations = prefix, activations
+        self.boundary = 0
+        self.off = False
+        self.problem = ""
+        self.trust: dict[str, Trust] = {}
+
+
+Watched = dict[Stack, list[tuple[Batch, Run]]]
+
+
+def problem_of(stack: Stack, batch: Batch, run: Run, model: nn.Module) -> str:
+    """Return why a stack cannot be cached, as a full run showed it, or an empty string."""
+    below = [index for index in run.calls if index < stack.boundary]
+    hidden = run.captured.get(stack.boundary)
+    if run.problem:
+        return run.problem
+    if hidden is None or below != list(range(run.start, stack.boundary)):
+        return "the blocks are not called once each, in order"
+    if stack.prefix.splits(stack.boundary):
+        return SPLIT
+    if stack.prefix.batch_norm(stack.boundary):
+        return "a batch norm in the frozen blocks uses the statistics of each batch"
+    if hidden.dim() < 3 or hidden.shape[0] != batch.size:
+        return "the frozen blocks do not return one activation for each example"
+    return gradient_source(hidden, model)
+
+
+def ways(watched: Watched) -> tuple[bool, ...]:
+    """First without padding, where there is any along the tokens; then with it."""
+    if not watched:
+        return ()
+    padded = [(batch, run) for calls in watched.values() for batch, run in calls if batch.padded]
+    fits = all(list(run.captured.values())[-1].shape[1] == batch.tokens for batch, run in padded)
+    return (True, False) if padded and fits else (False,)
+
+
+def replay_of(watched: Watched, ragged: bool) -> dict[Stack, Iterator[torch.Tensor]]:
+    """Return the activations that the check saw, in the order of the calls, for a forward that passes over them."""
+    replay = {}
+    for stack, calls in watched.items():
+        hidden = [(batch, run.captured[stack.boundary].detach()) for batch, run in calls]
+        replay[stack] = iter([blank(b, range(b.size), h) if ragged else h for b, h in hidden])
+    return replay
+
+
+def is_padded(kwargs: dict[str, Any]) -> bool:
+    """Tell whether a call has a mask that leaves out a token."""
+    mask = kwargs.get("attention_mask")
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool((mask != 0).all())
