@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEDULES", "Search", "trials_figure", "trials_table"]
 
-SCHEDULES = (
-    "head@0", "top(0.25)", "top(0.5)", "linear_probe(until=20%)", "gradual(every=10%)", "all_at_once",
-    "auto(relative_gradient_norm, every=10%)", "auto(validation_gradient, every=10%)",
-)  # fmt: skip
+SCHEDULES = ("head@0", "top(0.25)", "top(0.5)", "linear_probe(until=20%)", "gradual(every=10%)", "all_at_once")
 
 Row = dict[str, Any]
 _METRICS = re.compile(r"\{'[^{}]*\}")  # as the Trainer prints them
@@ -230,6 +227,6 @@ def trials_figure(rows: Sequence[Row], metric: str) -> Figure:
         axes.scatter(rates, values, [20 + 300 * (1 - row["layer_decay"]) for row in those], label=schedule, alpha=0.8)
     axes.set(xscale="log", xlabel="learning rate", ylabel=metric)
     axes.set_title("larger dot: lower blocks learn more slowly", loc="left", fontsize="medium")
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.legend(frameon=False, loc="outside lower left", ncols=2)  # schedules may be long
     axes.spines[["top", "right"]].set_visible(False)
     return figure
