@@ -233,7 +233,8 @@ def test_arguments(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("callback", [UnfreezeCallback, lambda: UnfreezeCallback.from_arguments(UnfreezeArguments())])
-def test_without_a_schedule_the_upper_half_trains_over_a_cache(make_trainer, callback):
+def test_without_a_schedule_the_upper_third_trains_over_a_cache(make_trainer, monkeypatch, callback):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     trainer = make_trainer(callback(), num_train_epochs=2)
     trainer.train()
     (phase,) = [record for record in trainer.state.log_history if "unfreeze/phase" in record]
@@ -249,7 +250,8 @@ def test_without_a_schedule_a_gpu_gets_no_cache_unless_it_is_asked_for(monkeypat
     assert UnfreezeCallback(cache="memory").cache is not None
 
 
-def test_a_loop_without_a_schedule_has_the_same():
+def test_a_loop_without_a_schedule_has_the_same(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     model = tiny_bert()
     counts = count_rows(model)
     unfreezer = Unfreezer(model, torch.optim.SGD(model.parameters(), lr=0.1))
