@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -11,11 +11,20 @@ import torch
 from torch import nn
 
 from .errors import OptimizerError
-from .groups import LayerGroup
+from .groups import LayerGroup, leave_out
 from .optim import unsuitable
 from .schedule import Phase, Schedule, spec_of
 
-__all__ = ["check_optimizer", "claim", "opened_since", "release", "take_over", "train_everything", "warn_unreached"]
+__all__ = [
+    "check_optimizer",
+    "claim",
+    "opened_since",
+    "release",
+    "take_over",
+    "train_everything",
+    "warn_unreached",
+    "without_frozen",
+]
 
 
 class Closes(Protocol):
@@ -68,6 +77,28 @@ def train_everything(phases: Sequence[Phase], groups: Sequence[LayerGroup]) -> b
     """Whether nothing opens or closes after the first step, and every group trains at the optimizer's own rate."""
     every = {group.name for group in groups if group.parameter_names}
     return len(phases) == 1 and set(phases[0].trainable) == every and not phases[0].rates
+
+
+def without_frozen(
+    groups: Sequence[LayerGroup], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[LayerGroup, ...]:
+    """Leave out what the user froze before the optimizer was built, and tell of it: ``all_at_once`` changes nothing."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    names = [
+        name
+        for group in groups
+        for name in group.parameter_names
+        if not parameters[name].requires_grad and id(parameters[name]) not in held
+    ]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(
+            f"{names[0]}{more} had requires_grad=False when the optimizer was built, and stays frozen. "
+            "Leave requires_grad alone where it is to train.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return leave_out(groups, names)
 
 
 def warn_unreached(

@@ -23,11 +23,11 @@ def divergence(unfreezer: Unfreezer, log_history: Iterable[Any], step: int) -> s
     planned = [
         (phase.start, spec_of(phase.trainable, unfreezer.groups)) for phase in unfreezer.phases if phase.start < step
     ]
+    was = was or [(0, "all")]  # which nobody needs to record
     if was == planned:
         return ""
-    told = _told(was) if was else "nothing (it was written without UnfreezeCallback)"
     return (
-        f"the checkpoint at step {step} was trained by another schedule: its log_history opens {told}; "
+        f"the checkpoint at step {step} was trained by another schedule: its log_history opens {_told(was)}; "
         f"'{unfreezer.schedule}' in this run opens {_told(planned)}. From here on this run's schedule holds. "
         "A share such as 30% moves with the length of the run; write step or ep where it must not."
     )

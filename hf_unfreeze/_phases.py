@@ -68,7 +68,8 @@ class Schedule:
     def from_log(cls, log_history: Iterable[Any]) -> Schedule:
         """Return the timed schedule that replays what trained when in a run, and at what factor, whoever decided.
 
-        It does not go back to earlier weights as ``plateau`` may, and has no cosines as ``freeze_out`` has.
+        It does not go back to earlier weights as ``plateau`` may, and has no cosines as ``freeze_out`` has. A run of
+        ``all_at_once`` has the learning rates of its groups in the log, and no transition.
 
         Example:
             >>> str(Schedule.from_log(trainer.state.log_history))
@@ -78,8 +79,9 @@ class Schedule:
             log_history: ``trainer.state.log_history``, or that of a ``trainer_state.json``.
 
         Raises:
-            ScheduleError: It holds no transition.
+            ScheduleError: It holds neither.
         """
+        log_history = list(log_history)
         entries: list[Entry] = []
         for record in filter(is_transition, log_history):
             step, opened = record["step"], record["unfreeze/trainable"].split(",")
@@ -87,6 +89,9 @@ class Schedule:
             entries += [Entry.parse(f"{selector}@{step}step") for selector in opened]
             rates = record.get("unfreeze/rates", {})
             entries += [Entry.parse(f"{name}*{rate!r}@{step}step") for name, rate in rates.items()]
+        logged = {str(key) for record in log_history if isinstance(record, dict) for key in record}
+        if not entries and any(key.startswith("lr/") for key in logged):
+            entries = [Entry.parse("all@0")]
         if not entries:
             raise ScheduleError("this log_history has no transition. Take that of a run with UnfreezeCallback.")
         return cls(tuple(entries))

@@ -136,6 +136,8 @@ def model_card_section(schedule: str, log_history: Sequence[dict[str, Any]]) -> 
         )
     if len(records) > SHOWN:
         lines += ["", f"({_more(records)})"]
+    if not records:
+        lines.append("| 0 | 0 | 0.00 | all | |")
     return "\n".join(lines) + "\n"
 
 

@@ -220,6 +220,8 @@ class UnfreezeCallback(TrainerCallback):
         past = past_transitions(state.log_history)
         if past and all(past[-1].get(key) == value for key, value in record.items()):
             return  # resumed inside a phase whose beginning is on record
+        if not past and self.unfreezer.trains_everything:
+            return  # nothing has changed, and a log without a record says just that
         state.log_history.append(record | when)
         if not past or past[-1]["unfreeze/trainable"] != transition.trainable:
             restart_patience()

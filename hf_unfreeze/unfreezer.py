@@ -14,7 +14,16 @@ from torch import nn
 from ._adapters import eligible_groups
 from ._checkpointing import Checkpointing
 from ._compiling import GraphLimit
-from ._coverage import check_optimizer, claim, opened_since, release, take_over, train_everything, warn_unreached
+from ._coverage import (
+    check_optimizer,
+    claim,
+    opened_since,
+    release,
+    take_over,
+    train_everything,
+    warn_unreached,
+    without_frozen,
+)
 from ._decisions import decisions_of
 from ._kept import BestWeights, Kept, Pretrained
 from ._options import HALVES, Options, whole_number
@@ -120,6 +129,8 @@ class Unfreezer:
         take_over(root)
         named = dict(root.named_parameters())
         self.groups = eligible_groups(root, layer_groups(root))
+        if self.schedule.name == "all_at_once":
+            self.groups = without_frozen(self.groups, named, self.optimizer)
         self._members = [(group, [named[name] for name in group.parameter_names]) for group in self.groups]
         kept = FrozenPrefixCache.parse(cache)
         by_name = {group.name: {name: named[name] for name in group.parameter_names} for group in self.groups}
@@ -135,7 +146,8 @@ class Unfreezer:
             self.groups, self.schedule, layer_decay, block_warmup, total_steps, steps_per_epoch
         )
         warn_unreached(self.schedule, self.phases, self.groups, total_steps)
-        idle = options.own_rates and measure is None and train_everything(self.phases, self.groups)
+        self.trains_everything = measure is None and train_everything(self.phases, self.groups)
+        idle = options.own_rates and self.trains_everything
         check_optimizer(self.schedule, self.optimizer, self._members, self.decisions.may_open, idle)
 
         self._step = 0

@@ -12,7 +12,7 @@ import torch
 from conftest import hashes, tiny_bert, tiny_data
 from transformers import SchedulerType, TrainerCallback, TrainingArguments
 
-from hf_unfreeze import UnfreezeCallback, UnfreezeError, Unfreezer, layer_groups, trainable_summary
+from hf_unfreeze import Schedule, UnfreezeCallback, UnfreezeError, Unfreezer, layer_groups, trainable_summary
 from hf_unfreeze.errors import OptimizerError, ScheduleError
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")
@@ -65,6 +65,39 @@ def test_all_at_once_is_bit_identical_to_no_callback(make_trainer, arguments):
     without = make_trainer(**arguments)
     without.train()
     assert hashes(with_callback.model) == hashes(without.model)
+
+
+def entries(trainer) -> list[tuple]:
+    """Step and own keys of each record, without what ours adds to it and what times say."""
+    added = ("lr/", "unfreeze/")
+    return [(r["step"], [key for key in r if not key.startswith(added)]) for r in trainer.state.log_history]
+
+
+def test_all_at_once_writes_no_record_of_its_own(make_trainer, tmp_path):
+    """Whoever goes through a log by position or expects a key in each record goes on doing so."""
+    arguments = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    ours = make_trainer(UnfreezeCallback("all_at_once"), **arguments)
+    ours.train()
+    plain = make_trainer(output_dir=str(tmp_path / "plain"), **arguments)
+    plain.train()
+    assert entries(ours) == entries(plain)
+    assert str(Schedule.from_log(ours.state.log_history)) == "all@0"
+    again = make_trainer(UnfreezeCallback("all_at_once"), output_dir=str(tmp_path / "again"), **arguments)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))  # tells of no other schedule
+    assert hashes(again.model) == hashes(ours.model)
+    other = make_trainer(UnfreezeCallback("head@0"), output_dir=str(tmp_path / "other"), **arguments)
+    with pytest.warns(UserWarning, match="its log_history opens all at step 0; 'head@0' in this run opens head"):
+        other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
+
+
+def test_all_at_once_leaves_frozen_what_was_frozen_and_tells(make_trainer):
+    ours = make_trainer(UnfreezeCallback("all_at_once"), model=frozen_before())
+    with pytest.warns(UserWarning, match=r"word_embeddings.weight and 4 more had requires_grad=False .* stays frozen"):
+        ours.train()
+    plain = make_trainer(model=frozen_before())
+    plain.train()
+    assert hashes(ours.model) == hashes(plain.model)
+    assert not any(parameter.requires_grad for parameter in ours.model.bert.embeddings.parameters())
 
 
 OPTIMIZERS = ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop"]

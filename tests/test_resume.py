@@ -75,7 +75,7 @@ def test_more_epochs_with_times_in_steps_say_nothing(make_trainer, tmp_path, who
 
 def test_a_plain_checkpoint_is_told_apart(make_trainer, tmp_path):
     make_trainer(**SAVING).train()
-    with pytest.warns(UserWarning, match="written without UnfreezeCallback"):
+    with pytest.warns(UserWarning, match="its log_history opens all at step 0; 'head@0"):
         again = resume(make_trainer, tmp_path, 4)
     assert transitions(again)[0] == (4, "block[3], head")
 

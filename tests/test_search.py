@@ -65,13 +65,14 @@ def test_less_is_better_for_a_loss(search):
 
 
 def test_the_figure_has_every_trial():
+    schedules = ("head@0", "auto(validation_gradient, blocks=2, every=10%, batches=16)", "head@0")
     rows = [{"trial": i, "eval_f1": i / 4, "schedule": s, "layer_decay": 0.9, "learning_rate": 10.0**-i, "seconds": 1.0}
-            for i, s in enumerate(("head@0", "auto(validation_gradient, blocks=2, every=10%, batches=16)", "head@0"))]  # fmt: skip
+            for i, s in enumerate(schedules)]  # fmt: skip
     figure = trials_figure(rows, "eval_f1")
     axes = figure.axes[0]
     points = {tuple(point) for dots in axes.collections for point in dots.get_offsets().tolist()}
     assert points == {(1.0, 0.0), (0.1, 0.25), (0.01, 0.5)}
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [rows[1]["schedule"], "head@0"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [schedules[1], "head@0"]
 
 
 SLOW = """
