@@ -159,7 +159,7 @@ def test_outputs_of_blocks_are_compared_with_the_model_that_the_run_began_with(m
             for step in (0, 4)
         )
     for block, (before, now) in enumerate(zip(first, fourth, strict=True)):
-        expected = 1 - similarity(now.flatten(0, 1), before.flatten(0, 1))
+        expected = float(1 - similarity(now.flatten(0, 1), before.flatten(0, 1)))
         assert record["unfreeze/worth"][f"block[{block}]"] == pytest.approx(expected, abs=1e-5) and expected > 1e-4
     again = run(make_trainer, spec, str(tmp_path / "run" / "checkpoint-2"), max_steps=5, output_dir=str(tmp_path / "a"))
     assert record in again.state.log_history and hashes(again.model) == hashes(trainer.model)

@@ -66,7 +66,7 @@ def test_merged_afterwards(make_trainer):
     model = adapted(METHODS["lora"])
     trainer = make_trainer(UnfreezeCallback("gradual(every=2step)"), model=model, num_train_epochs=2)
     trainer.train()
-    model.eval()
+    model.cpu().eval()
     inputs = {"input_ids": torch.stack([example["input_ids"] for example in tiny_data()])}
     with torch.no_grad():
         expected = model(**inputs).logits

@@ -32,7 +32,7 @@ def test_only_frozen_blocks_compute_in_it_and_hand_on_the_models_dtype(make_trai
     assert seen[2] == [torch.bfloat16] * 14 + [torch.float32] * 7 and last == torch.float32
     assert set(seen[3]) == set(between) == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    model(input_ids=torch.tensor([[1, 2]]))
+    model.cpu()(input_ids=torch.tensor([[1, 2]]))
     assert seen[0][-1] == torch.float32, "after training the model is as it was"
 
 
