@@ -53,4 +53,4 @@ def test_what_somebody_froze_is_an_error():
     model.bert.embeddings.position_embeddings.weight.requires_grad_(False)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
     with pytest.raises(OptimizerError, match=r"position_embeddings.weight had requires_grad=False when the optimizer"):
-        Unfreezer(model, optimizer, "all_at_once")
+        Unfreezer(model, optimizer, "gradual(every=1step)")
