@@ -101,11 +101,12 @@ def scale_rows(
 
 def scale_table(rows: Sequence[ScaleRow], title: str) -> Table:
     """Draw the rows as a rich table, in MB and ms."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in ("phase", "reduced", "sent", "ms", "weights", "gradients", "optimizer", "compute"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for number, row in enumerate(rows[:SHOWN]):
         ms = "?" if row.sent_seconds is None else f"{row.sent_seconds * 1e3:,.2f}"
         held = (row.rank_weight_bytes, row.rank_gradient_bytes, row.rank_optimizer_bytes)
