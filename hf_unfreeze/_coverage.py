@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -83,17 +83,11 @@ def without_frozen(
     groups: Sequence[LayerGroup], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> tuple[LayerGroup, ...]:
     """Leave out what the user froze before the optimizer was built, and tell of it: ``all_at_once`` changes nothing."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    names = [
-        name
-        for group in groups
-        for name in group.parameter_names
-        if not parameters[name].requires_grad and id(parameters[name]) not in held
-    ]
+    grouped = [(name, parameters[name]) for group in groups for name in group.parameter_names]
+    names = [name for name, parameter in _absent(optimizer, grouped) if not parameter.requires_grad]
     if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         warnings.warn(
-            f"{names[0]}{more} had requires_grad=False when the optimizer was built, and stays frozen. "
+            f"{_first_of(names)} had requires_grad=False when the optimizer was built, and stays frozen. "
             "Leave requires_grad alone where it is to train.",
             UserWarning,
             stacklevel=3,
@@ -134,25 +128,36 @@ def check_optimizer(
             f"{type(optimizer).__name__} cannot be used: it {reason}. Write optim='adamw_torch' (or another "
             "optimizer with state per parameter), or train without UnfreezeCallback."
         )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [
-        (name, parameter.requires_grad)
+    grouped = [
+        named
         for group, parameters in members
         if group.name in opened
-        for name, parameter in zip(group.parameter_names, parameters, strict=True)
-        if id(parameter) not in held
+        for named in zip(group.parameter_names, parameters, strict=True)
     ]
+    missing = _absent(optimizer, grouped)
     if not missing:
         return
-    name, trains = missing[0]
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    if not trains:
+    told = _first_of([name for name, _ in missing])
+    if not missing[0][1].requires_grad:
         raise OptimizerError(
-            f"{name}{more} had requires_grad=False when the optimizer was built, so it is not in it, and the "
+            f"{told} had requires_grad=False when the optimizer was built, so it is not in it, and the "
             f"schedule '{schedule}' would open it. Do not freeze before training: the schedule does that. "
             "Leave requires_grad alone, or leave these groups out of the schedule."
         )
     raise OptimizerError(
-        f"the optimizer lacks {name}{more}, which the schedule '{schedule}' opens. Build it over all "
+        f"the optimizer lacks {told}, which the schedule '{schedule}' opens. Build it over all "
         "parameters, for instance AdamW(model.parameters()) or param_groups_layer_decay(model, lr=…)."
     )
+
+
+def _absent(
+    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]]
+) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that the optimizer does not hold."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [(name, parameter) for name, parameter in named if id(parameter) not in held]
+
+
+def _first_of(names: Sequence[str]) -> str:
+    """Name the first, and say how many more there are."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

@@ -89,8 +89,7 @@ class Schedule:
             entries += [Entry.parse(f"{selector}@{step}step") for selector in opened]
             rates = record.get("unfreeze/rates", {})
             entries += [Entry.parse(f"{name}*{rate!r}@{step}step") for name, rate in rates.items()]
-        logged = {str(key) for record in log_history if isinstance(record, dict) for key in record}
-        if not entries and any(key.startswith("lr/") for key in logged):
+        if not entries and any(str(key).startswith("lr/") for r in log_history if isinstance(r, dict) for key in r):
             entries = [Entry.parse("all@0")]
         if not entries:
             raise ScheduleError("this log_history has no transition. Take that of a run with UnfreezeCallback.")

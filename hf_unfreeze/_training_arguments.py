@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .schedule import RECOMMENDED
+
 __all__ = ["UnfreezeArguments"]
 
 
@@ -20,8 +22,8 @@ class UnfreezeArguments:
     schedule: str | None = field(
         default=None,
         metadata={
-            "help": "What trains when: 'head@0, block[-4:]@1ep, all@50%' or a named schedule. Left out, top(0.33) "
-            "and, on a CPU, the cache in memory."
+            "help": "What trains when: 'head@0, block[-4:]@1ep, all@50%' or a named schedule. Left out, "
+            f"{RECOMMENDED} and, on a CPU, the cache in memory."
         },
     )
     layer_decay: str = field(

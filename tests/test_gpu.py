@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import DEVICE, hashes, tiny_bert
+from conftest import DEVICE, EXAMPLES, hashes, tiny_bert
 from test_cache import DOWN, both, losses
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -54,7 +54,7 @@ def test_each_precision_has_activations_of_its_own(make_trainer):
     cache = FrozenPrefixCache()
     for count, arguments in enumerate(({}, {"bf16": True}, {"fp16": True}), 1):
         make_trainer(UnfreezeCallback("head@0", cache=cache), **arguments).train()
-        assert cache.stats.misses == count * 28
+        assert cache.stats.misses == count * EXAMPLES
 
 
 def synchronisations(model, size):
