@@ -10,7 +10,7 @@ from torch import nn
 from ._blocks import Stack
 from ._roles import AUDIO_CLASS, CLASS_MODALITIES, MODALITIES, PARALLEL, PARTS, RANKS, STACK_NAMES, matches
 
-__all__ = ["BOTTOM", "arrange", "height", "in_parallel", "name_stacks"]
+__all__ = ["BOTTOM", "arrange", "height", "in_parallel", "name_stacks", "settle"]
 
 Tiers = tuple[tuple[str, ...], ...]
 
@@ -40,12 +40,45 @@ def arrange(stacks: Iterable[str], parallel: bool) -> Tiers:
         alone = order + 1 if inner and name not in RANKS else 0  # a second stack of its kind opens before the first
         if rank == UNKNOWN:
             alone = order + 1
-        part = RANKS.get(inner.rstrip("0123456789"), 0) if inner else 0
+        whole = inner.removesuffix("connector").rstrip(".0123456789")
+        part = RANKS.get(whole, 0) + (whole != inner and inner.endswith("connector"))  # right above its stack
         tiers.setdefault((rank, part, alone), []).append(name)
     result = [tuple(names) for _, names in sorted(tiers.items())]
     if result[:1] == [("connector",)] and len(result) > 2:  # no tower below: it leads from an encoder to a decoder
         result[:2] = reversed(result[:2])
     return tuple(result)
+
+
+def settle(connectors: Iterable[str], tiers: Tiers, parallel: bool) -> tuple[dict[str, str], Tiers]:
+    """Name what lies between stacks, and put it there: one ``connector``, or one for each height, ``vision.connector``.
+
+    Example:
+        >>> settle(["vision.connector", "connector"], (("vision",), ("text",)), parallel=False)
+        ({'vision.connector': 'connector', 'connector': 'connector'}, (('vision',), ('connector',), ('text',)))
+
+    Args:
+        connectors: Each with the stack right below it before the dot; without one, where a projector belongs.
+        tiers: The stacks bottom → top.
+        parallel: As for ``arrange``.
+    """
+    order = arrange([*(name for names in tiers for name in names), "connector"], parallel)
+    usual = min(order.index(("connector",)), len(tiers) - 1)
+    above = {name: index + 1 for index, names in enumerate(tiers) for name in names}
+    at = {name: above.get(name.removesuffix(".connector"), usual) for name in connectors}
+    between = {i for i in at.values() if i < len(tiers)}
+    called = {
+        name: "head"  # above everything
+        if i == len(tiers)
+        else "connector"
+        if len(between) == 1
+        else f"{tiers[i - 1][0] if i else 'embeddings'}.connector"
+        for name, i in at.items()
+    }
+    result: list[tuple[str, ...]] = []
+    for index, names in enumerate(tiers):
+        result += [(name,) for name in dict.fromkeys(called[c] for c, i in at.items() if i == index)]
+        result.append(names)
+    return called, tuple(result)
 
 
 def height(stack: str) -> int:
@@ -55,7 +88,8 @@ def height(stack: str) -> int:
         >>> height("vision.decoder"), height("decoder")
         (10, 60)
     """
-    return RANKS.get(stack, RANKS.get(stack.partition(".")[0], UNKNOWN))
+    whole = stack.removesuffix(".connector")
+    return RANKS.get(whole, RANKS.get(whole.partition(".")[0], UNKNOWN))
 
 
 def in_parallel(names: Iterable[str], model: nn.Module) -> bool:

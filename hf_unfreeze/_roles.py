@@ -17,6 +17,7 @@ __all__ = [
     "CLASS_MODALITIES",
     "CONNECTOR",
     "FIRST_STAGE",
+    "FIRST_STEM",
     "HEAD",
     "INPUT_PROJECTION",
     "MIDWAY",
@@ -33,13 +34,14 @@ __all__ = [
     "OWN_STEM",
     "PARALLEL",
     "PARTS",
-    "QUIRKS",
+    "PROPOSALS",
     "RANKS",
     "REVERSED",
     "SECOND_HALF",
     "SEQUENTIAL",
     "SHARED_TABLE",
     "STACK_NAMES",
+    "STAGE_END",
     "STAGE_INNER",
     "STEM",
     "TASK_HEAD",
@@ -66,7 +68,7 @@ NEVER_CLASS = (
 NOT_STACKS = (
     r"^(feature_(extractor|encoder)|conv_embed\w*|embeddings?|embedder|patch_embed\w*|stem|subsampl\w*|conv_stem)$",
     r"^(fpn|pan)_blocks$|^fusion_stage$|^tracker_neck$|^task_encoder$|^segmentation|^duration_predictor$",
-    r"head|classifier|^neck$|^cls$|^score$|^pooler$|^projector$|_projectors$|merger|multi_modal_projector|upscale|upsampl|expert|^mlp$|^ffn$|(?<!image)(?<!audio)_embed$|tdnn|adapter|^fc\w*$",
+    r"head|classifier|^neck$|^cls$|^score$|^pooler$|^projector$|_projectors$|merger|multi_modal_projector|upscale|upsampl|expert|^channel_projection|^mlp$|^ffn$|(?<!image)(?<!audio)_embed$|tdnn|adapter|^fc\w*$",
 )
 # What is a tower in spite of lying there: the Q-Former in a projector, the image model in a video embedder.
 TOWERS_INSIDE = (r"^(qformer|vision_model|audio_encoder|video_encoder)$",)
@@ -81,14 +83,14 @@ MIXES_TOKENS = (r"Attention$",)
 SECOND_HALF = (r"MLPLayer$",)
 # Members of a list of stages that lead from one stage to the next.
 BETWEEN_STAGES = (r"Embeddings?$|Downsampl|Subsample$|PatchMerging",)
-STAGE_INNER = (r"^(blocks?|layers?|stage|group|resnets?|res_blocks|attentions|\d+)$",)
+STAGE_INNER = (r"^(blocks?|layers?|stage|group|resnets?|(res|conv)_blocks|attentions|\d+)$",)
 
 STEM = (
     r"embed(?!_out|.*(head|predict))|^w[tp]e$|^(cls|mask|register|dist\w*|class|pos|meta|storage|query|special)_?tok|_tokens?$",
     r"pos(ition)?(al)?_|^pos(_|$)|position|patch|^stem|_stem$|^conv1$|^(conv_in|shared|tok|word|token)\w*$",
     r"feature_(extractor|projection)|^relative_attention_bias$|rel_embeddings|rotary|subsampl|^frontend|^prompt_encoder$",
-    r"^masked_spec_embed$|^mask_emb$|^(ln|norm)_pre$|^pre_?(ln|layer_?norm|norm|layrnorm)$|^input_proj|^project_in$",
-    r"^per_layer|^ple$|^altup_proj|_(latent|speakers|delta|prompt)_proj$|^mel_|newline|separator|^query(_feat)?$|^visual_prompter$|^self_conditioning$|^prenet$|^no_object_pointer$",
+    r"^masked_spec_embed$|^(downsample_layers|convs)$|^mask_emb$|^(ln|norm)_pre$|^pre_?(ln|layer_?norm|norm|layrnorm)$|^input_proj|^project_in$",
+    r"^per_layer|^ple$|^altup_proj|_(latent|speakers|delta|prompt)_proj$|^mel_|newline|separator|^query(_feat)?$|^latents|^visual_prompter$|^self_conditioning$|^prenet$|^no_object_pointer$",
 )
 HEAD = (
     r"^(\w*_)?(classifiers?|classification|class_head|lm_head|heads?|pooler|pooling\w*|scorer?|qa_outputs|cls|logits?\w*)$",
@@ -100,66 +102,34 @@ HEAD = (
 NORM = (r"norm|^ln|^layernorm|^post_?ln",)
 NORM_LAST = (r"final|post|^norm$|_f$|^norm2|layernorm2$|^head_norm",)
 NORM_FIRST = (r"^post_conv_layernorm$",)
-# Class of the owner, component of the name, and where it runs in spite of name and place.
-QUIRKS = (
-    (r"BigBirdPegasus(En|De)coder", r"^layernorm_embedding$", "head"),
-    (r"^Lfm(?!\w*Vision)", r"^embedding_norm$", "head"),
-    (r"StableLayerNorm|ConformerEncoder|Wav2Vec2BertEncoder|GroundingDinoDecoder", r"^layer_norm$", "head"),
-    (r"SEWD|Deberta", r"^(LayerNorm|conv)$", "embeddings"),
-    (r"CohereAsrDecoder", r"^proj$", "connector"),
-    (r"PerceiverEncoder", r"^cross_attention$", "embeddings"),
-    (r"Perceiver", r"^decoder$", "head"),
-    (r"Videomt|Eomt", r"^layernorm$", "head"),
-    (r"UVDoc", r"^resnet_head$", "embeddings"),
-    (r"ClapAudioEncoder", r"^batch_norm$", "embeddings"),
-    (r"LayoutLMv3Model", r"^(LayerNorm|norm)$", "embeddings"),
-    (r"Qwen\w*(Audio|ASR)\w*Encoder", r"^conv", "embeddings"),
-    (r"FlavaModel", r"^(image|text)_projection$", "head"),
-    (r"^Sam3", r"^dot_product_scoring$", "head"),
-    (r"^Sam3\w*Model$", r"^mask_decoder$", "head"),
-    (r"^Sam3VideoModel", r"^tracker_neck$", "connector"),
-    (r"^XcodecModel", r"^fc\d?$", "connector"),
-    (r"VideoPrismVision", r"^layernorm1$", "connector"),
-    (r"Blip\w*(Retrieval|WithProjection)$", r"^(vision|text)_proj(ection)?$", "head"),
-    (r"MuseGlimmerAssistant", r"^encoder$", "embeddings"),
-    (r"^InklingModel", r"^audio_tower$", "embeddings"),
-    (r"^HieraForPreTraining", r"^(multiscale_fusion|encoder_norm)$", "connector"),
-    (r"Canine", r"^(chars_to_molecules|projection)$", "connector"),
-    (r"Sam\w*VisionEncoder|SamEncoder", r"^proj$", "connector"),
-    (r"Local(En|De)coder", r"^patch_embedding_projection$", "connector"),
-    (r"^XCLIPModel", r"^prompts_visual_layernorm$", "connector"),
-    (r"^XCLIPPromptGenerator", r"^alpha$", "head"),
-    (r"^Sam3\w*GeometryEncoder", r"_proj(ect)?$", "embeddings"),
-    (r"^BarkSemantic", r"^layernorm_final$", "head"),
-    (r"Code2Wav$", r"^(decoder|upsample)$", "head"),
-    (r"^MaskFormerFPN", r"^stem$", "connector"),
-    (r"^VitsModel", r"^posterior_encoder$", "connector"),
-)
 CONNECTOR = (
-    r"projector|connector|multi_?modal|^mm_|resampl|merger|aligner|bridge|abstractor|(visual|vision|language|modality|mm)_proj|_to_mm_",
+    r"projector|connector|multi_?modal|^mm_|resampl|merger|aligner|bridge|abstractor|(visual|vision|language|modality|mm)_proj|_to_mm_|_feature_extensor$|^latent_(scaling|bias)_factor$",
     r"^image_(newline|separator)|^view_separator|link_tower|^cross_modal_\w+_(transform|layernorm)$|enc_to_dec_proj|^embed_(vision|audio)$|^adapter$",
-    r"^(image_to_)?(language|text|vision|audio|image|visual|speech)_(model_)?(projection|proj|adapter)$|qformer|^query_tokens$",
-    r"^high_res_vision_|^(latents|semantic_adapter|fc_encoder|latent_proj|encoder_to_decoder|keypoint_encoder)$|quantize|quant_conv",
+    r"^(image_to_)?(language|text|vision|audio|image|visual|speech)_(model_)?(projection|proj|adapter)$|qformer",
+    r"^high_res_vision_|^(semantic_adapter|fc_encoder|latent_proj|encoder_to_decoder|keypoint_encoder)$|quantize|quant_conv",
     r"^(dur(ation)?|pitch|energy)_(predictor|embed)$|^decoder_embed(dings)?$|^visual_embeddings_table$",
 )
 
 # Tables inside the first block that serve all blocks.
 SHARED_TABLE = (r"relative_attention_bias|rel_attn_embed|relative_bias|rel_pos_bias",)
 
-# What joins a vision tower to the encoder above it (DETR and its kin).
+# What joins a vision tower to the encoder above it, or an encoder to the decoder (DETR and its kin).
 INPUT_PROJECTION = (
-    r"^((en|de)coder_)?input_proj|^level_embed|^conv_s\d|^compress_vit|^encoder_(conv|norm)|^enc_output",
+    r"^((en|de)coder_)?input_proj|^level_embed|^conv_s\d|^compress_vit|^encoder_(conv|norm)",
     r"^query_position_embeddings_proj|^box_rpb_embed|^query_scale$|^ref_anchor_head$",
-    r"^(lateral|downsample)_convs$|^(fpn|pan)_blocks$|^ref_point_head$|^query_pos(ition)?_head$|^query_input_projection$|^reference_points(_head)?$|^task_(encoder|project)$",
+    r"^ref_point_head$|^query_pos(ition)?_head$|^query_input_projection$|^reference_points_head$|^task_(encoder|project)$|^channel_projection",
+)
+PROPOSALS = (
+    r"^enc_output|^reference_points$|^encoder_vision_features$|^(lateral|downsample)_convs$|^(fpn|pan)_blocks$",
 )
 # What a task class puts before its base model, and not on it.
-OUTER_STEM = (r"^embed_|^pre_projection$",)
+OUTER_STEM = (r"^embed_|_embeds$|^pre_projection$",)
 # A model with these beside its "base model" is no task class.
 OWN_STEM = (r"^embeddings$|^embed_tokens$|^word_embeddings$",)
 # A tower that has no blocks of its own, under a language model.
 TOWER = (r"audio|vision|visual|speech",)
 TASK_HEAD = (
-    r"lm_head|^codec_head$|^ctc|classifier|^score$|class_embed|bbox_embed|logit_(scale|bias)|^(text_)?(audio|video)_head$|^(box|presence)_head$",
+    r"lm_head|^codec_head$|^ctc|classifier|^score$|class_embed|bbox_embed|logit_(scale|bias)|^(text_)?(audio|video)_head$|^(box|presence)_head$|^enc_(score|bbox)_head$",
 )
 
 # Which tower a component names, and which part of a tower.
@@ -267,7 +237,7 @@ RANKS = {
     "auxiliary": 18,
     "resampler": 20,
     "qformer": 20,
-    "connector": 30,
+    "connector": 29,
     "adaptor": 35,
     "text": 40,
     "encoder.initial": 48,
@@ -293,6 +263,10 @@ RANKS = {
 }
 # What runs between two blocks of the tower beside it, and the value of the config that tells after which.
 MIDWAY = (("vit_merger", "insert_layer_id"),)
+# What leads into the first stage of a model, and is its stem: registered in that stage, or in a list beside the stages.
+FIRST_STEM = (r"embed|^(downsample_layers|convs)$|^convs$",)
+# What closes a stage that it is registered in, where everything else after the blocks leads to the next stage.
+STAGE_END = (r"norm|^(conv|patch_embed)$",)
 # Lists that a forward runs from the last to the first: the class that holds them.
 REVERSED = (r"^VitsResidualCouplingBlock$|^Emu3VQVAEUpBlock$",)
 # Lists before or after the one beside them, and not woven into it.

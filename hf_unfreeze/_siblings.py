@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from ._blocks import CONTAINERS, Stack, has_parameters, join
-from ._roles import APART, HEAD, MIDWAY, NOT_STACKS, PARTS, SEQUENTIAL, matches
+from ._roles import APART, FIRST_STEM, HEAD, MIDWAY, NOT_STACKS, PARTS, SEQUENTIAL, matches
 
 __all__ = ["join_lists", "join_siblings"]
 
@@ -74,7 +74,7 @@ def join_lists(stack: Stack, model: nn.Module, taken: list[str]) -> None:
         if re.search("downsampl", name) and len(child) < count and not any(p.startswith(here + ".") for p in taken):
             for i, start in enumerate(stack.starts[-len(child) :]):
                 stack.blocks[start] = (f"{here}.{i}", *stack.blocks[start])
-        if name == "upsampler" and count % len(child) == 0:  # a stage of a vocoder has several blocks
+        if name in ("upsampler", "ups") and count % len(child) == 0:  # a stage of a vocoder has several blocks
             for i, start in enumerate(stack.starts[:: count // len(child)]):
                 stack.blocks[start] = (f"{here}.{i}", *stack.blocks[start])
         if len(child) != count or any(path.startswith(here + ".") for path in taken):
@@ -84,7 +84,7 @@ def join_lists(stack: Stack, model: nn.Module, taken: list[str]) -> None:
             ends = [start - 1 for start in stack.starts[1:]]
             for i, end in enumerate(ends):  # the last stage's norm is the final one
                 stack.blocks[end] = (*stack.blocks[end], f"{here}.{i}")
-        elif re.search("embed", name):
+        elif matches(FIRST_STEM, name):
             for i, start in enumerate(stack.starts[1:], 1):
                 stack.blocks[start] = (f"{here}.{i}", *stack.blocks[start])
         elif not matches(NOT_STACKS, name):

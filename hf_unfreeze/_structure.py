@@ -25,9 +25,11 @@ from ._blocks import (
 from ._roles import (
     BETWEEN_STAGES,
     FIRST_STAGE,
+    FIRST_STEM,
     NEVER_BLOCK,
     NOT_STACKS,
     REVERSED,
+    STAGE_END,
     STAGE_INNER,
     TOWER_CLASS,
     TOWERS_INSIDE,
@@ -78,7 +80,9 @@ def _visit(module: nn.Module, path: str, no_split: frozenset[str]) -> Iterator[S
             run = next(run for run in numbered if name in run)
             if name == run[0]:
                 members = [(join(path, item), module.get_submodule(item)) for item in run]
-                yield _stack(path, here, members, no_split)
+                stack = _stack(path, here, members, no_split)
+                _join_between(stack, module, run)
+                yield stack
         elif matches(TOWER_CLASS, type(child).__name__):
             yield Stack(path, here, [(here,)], [0])
         elif isinstance(child, CONTAINERS) and is_sequence(child, no_split) and not matches(NEVER_BLOCK, name):
@@ -130,6 +134,15 @@ def _numbered(module: nn.Module, no_split: frozenset[str]) -> list[list[str]]:
     return [names for names in runs.values() if len(names) > 1]
 
 
+def _join_between(stack: Stack, module: nn.Module, run: list[str]) -> None:
+    """Attention that is registered between two numbered blocks (coders of images) goes to the lower one."""
+    at = -1
+    for name, _ in module.named_children():
+        at += name in run
+        if name.startswith("attn") and 0 <= at < len(run) - 1 == len(stack.blocks) - 1:
+            stack.blocks[at] = (*stack.blocks[at], join(stack.path, name))
+
+
 def _blocks(members: list[tuple[str, nn.Module]], no_split: frozenset[str]) -> tuple[list[Block], list[str]]:
     """Blocks of a sequence, and what comes after them; a member that is a stage gives its inner blocks.
 
@@ -137,6 +150,7 @@ def _blocks(members: list[tuple[str, nn.Module]], no_split: frozenset[str]) -> t
     """
     blocks: list[Block] = []
     pending: list[str] = []  # what serves the next stage
+    ends: list[tuple[int, list[str]]] = []  # the last block of each stage, and what closes the stage
     for path, member in members:
         inner = _inner_sequences(member, path, no_split)
         if blocks and matches(BETWEEN_STAGES, type(member).__name__):
@@ -160,7 +174,7 @@ def _blocks(members: list[tuple[str, nn.Module]], no_split: frozenset[str]) -> t
         taken = [p for block in blocks[first:] for p in block] + rest
         before, after = _loose_of(member, path, taken)
         if first == 0:  # the patch embedding of the lowest stage is the stem
-            before = [item for item in before if not re.search("embed", item.rpartition(".")[2])]
+            before = [item for item in before if not matches(FIRST_STEM, item.rpartition(".")[2])]
         for name, part in member.named_children():
             here = join(path, name)
             beside = next((side for side in (before, after) if here in side), None)
@@ -170,7 +184,12 @@ def _blocks(members: list[tuple[str, nn.Module]], no_split: frozenset[str]) -> t
                 beside.remove(here)
                 blocks[first:] = [(f"{here}.{i}", *block) for i, block in enumerate(blocks[first:])]
         blocks[first] = (*pending, *before, *blocks[first])
-        pending = [*rest, *after]
+        closing = [item for item in after if matches(STAGE_END, item.rpartition(".")[2])]
+        ends.append((len(blocks) - 1, closing))
+        pending = [*rest, *(item for item in after if item not in closing)]
+    for at, closing in ends:
+        last = at == ends[-1][0]  # its norm is the final one
+        blocks[at] = (*blocks[at], *(item for item in closing if not (last and "norm" in item.rpartition(".")[2])))
     return blocks, pending
 
 

@@ -30,7 +30,8 @@ class LayerGroup:
     """A set of parameters that is frozen and opened as one.
 
     Args:
-        name: ``embeddings``, ``block[3]``, ``decoder.block[0]``, ``connector``, ``head``.
+        name: ``embeddings``, ``block[3]``, ``decoder.block[0]``, ``connector``, ``head``; where something lies between
+            stacks at several heights, ``vision.connector``, named by the stack right below.
         stack: What stands before ``.block``; empty when the model has one stack, and for embeddings and head.
         parameter_names: As in ``model.named_parameters()`` of the model that was given.
         level: Height, 0 for the embeddings; groups of one level open together.
@@ -164,7 +165,7 @@ def _assemble(model: nn.Module, layout: Layout | None) -> tuple[tuple[LayerGroup
         if index is not None and stack not in used:  # a tower that is tied to a lower one as a whole
             continue
         name = stack if index is None else f"{stack}.block[{index}]" if stack else f"block[{index}]"
-        kept = "" if stack in ("embeddings", "head") and index is None else stack
+        kept = "" if stack in ("embeddings", "head") and index is None else stack.removesuffix(".connector")
         groups.append(LayerGroup(name, kept, tuple(members[key]), levels[height[key][:1]]))
     return tuple(groups), reasons
 

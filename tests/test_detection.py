@@ -44,6 +44,12 @@ def faults(model: nn.Module) -> list[str]:
             found.append(f"{group.name} out of order")
         if match:
             seen[group.stack] += 1
+    tops = {group.stack: group.level for group in groups if "block[" in group.name}
+    for group in groups:
+        if group.name.endswith("connector") and group.level in [g.level for g in groups if g is not group]:
+            found.append(f"{group.name} beside another group")
+        if group.name.endswith(".connector") and group.level <= tops[group.stack]:
+            found.append(f"{group.name} below its stack")
     return found
 
 

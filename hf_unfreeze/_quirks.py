@@ -1,0 +1,63 @@
+"""What runs elsewhere than its name and place tell: one table of data for detection. Needs no torch."""
+
+from __future__ import annotations
+
+__all__ = ["QUIRKS"]
+
+# Class of the owner, component of the name, and where it runs: embeddings, head, the connector (of a stack), or
+# below or above the stacks that its owner holds, or amid: below the highest of them.
+QUIRKS = (
+    (r"BigBirdPegasus(En|De)coder", r"^layernorm_embedding$", "head"),
+    (r"^Lfm(?!\w*Vision)", r"^embedding_norm$", "head"),
+    (r"StableLayerNorm|ConformerEncoder|Wav2Vec2BertEncoder|GroundingDinoDecoder", r"^layer_norm$", "head"),
+    (r"SEWD|Deberta", r"^(LayerNorm|conv)$", "embeddings"),
+    (r"CohereAsrDecoder", r"^proj$", "below"),
+    (r"PerceiverEncoder", r"^cross_attention$", "embeddings"),
+    (r"Perceiver", r"^decoder$", "head"),
+    (r"Videomt|Eomt", r"^layernorm$", "head"),
+    (r"UVDoc", r"^resnet_head$", "embeddings"),
+    (r"ClapAudioEncoder", r"^batch_norm$", "embeddings"),
+    (r"LayoutLMv3Model", r"^(LayerNorm|norm)$", "embeddings"),
+    (r"Qwen\w*(Audio|ASR)\w*Encoder", r"^conv", "embeddings"),
+    (r"FlavaModel", r"^(image|text)_projection$", "head"),
+    (r"^Sam3", r"^dot_product_scoring$", "head"),
+    (r"^Sam3\w*Model$", r"^mask_decoder$", "head"),
+    (r"^Sam3VideoModel", r"^tracker_neck$", "connector"),
+    (r"^XcodecModel", r"^fc\d?$", "connector"),
+    (r"VideoPrismVision", r"^layernorm1$", "spatial.connector"),
+    (r"VideoPrismVision", r"^layernorm2$", "temporal.connector"),
+    (r"Blip\w*(Retrieval|WithProjection)$", r"^(vision|text)_proj(ection)?$", "head"),
+    (r"MuseGlimmerAssistant", r"^encoder$", "embeddings"),
+    (r"^InklingModel", r"^audio_tower$", "embeddings"),
+    (r"^HieraForPreTraining", r"^(multiscale_fusion|encoder_norm)$", "connector"),
+    (r"Canine", r"^chars_to_molecules$", "encoder.initial.connector"),
+    (r"Canine", r"^projection$", "encoder.connector"),
+    (r"^XCLIPModel", r"^prompts_visual_layernorm$", "connector"),
+    (r"^XCLIPPromptGenerator", r"^alpha$", "head"),
+    (r"^Sam3\w*GeometryEncoder", r"_proj(ect)?$", "embeddings"),
+    (r"^BarkSemantic", r"^layernorm_final$", "head"),
+    (r"Code2Wav$", r"^(decoder|upsample)$", "head"),
+    (r"^MaskFormerFPN", r"^stem$", "below"),
+    (r"^VitsModel", r"^posterior_encoder$", "connector"),
+    (r"Sam\w*VisionEncoder|SamEncoder", r"^proj$", "above"),
+    (r"LocalEncoder", r"^patch_embedding_projection$", "above"),
+    (r"LocalDecoder", r"^patch_embedding_projection$", "below"),
+    (r"^MllamaVision", r"^layernorm_post$", "amid"),
+    (r"DiTModel$", r"^norm_out$", "above"),
+    (r"^(Sam\d\w*|EdgeTam)Video(Inference)?Model$|^Sam3TrackerVideoModel$", r"^mask_downsample$", "embeddings"),
+    (r"Video(MemoryAttention|PerceiverResampler)$", r"^layer_norm$", "above"),
+    (r"VideoMemoryEncoder$", r"^feature_projection$", "below"),
+    (r"^Sam3\w*GeometryEncoder$", r"^output_layer_norm$", "above"),
+    (r"^Sam3\w*DetrDecoder$", r"^reference_points$", "embeddings"),
+    (r"^GraniteSpeech\w*Encoder$", r"^out(_mid)?$", "head"),
+    (r"^OneFormer\w*QueryTransformerDecoder$", r"^norm$", "above"),
+    (r"^(Dac|Xcodec2|NeuCodec)Decoder$|^SemanticEncoder$", r"^(conv|conv1|embed)$", "below"),
+    (r"^WavTokenizerVocosBackbone$", r"^(embed|pos_net|norm)$", "below"),
+    (r"^XCLIPPromptGenerator$", r"^layernorm$", "below"),
+    (r"WordTimestampModel$", r"^input_layer_norm$", "below"),
+    (r"^MimiDecoder", r"^upsample$", "below"),
+    (r"^VibeVoice\w*Decoder", r"^stem$", "below"),
+    (r"ForImageClassification$", r"^classifier$", "above"),  # in PE Video its logits are features
+    (r"^Pe(Audio)?VideoEncoder", r"^patch_embedder$", "amid"),
+    (r"Omni\w*Talker", r"^(text|hidden)_projection$", "below"),
+)
