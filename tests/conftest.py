@@ -44,6 +44,11 @@ def hashes(model: torch.nn.Module) -> dict[str, str]:
     return {n: hashlib.sha256(p.detach().cpu().numpy().tobytes()).hexdigest() for n, p in model.named_parameters()}
 
 
+def pytest_configure(config):
+    if DEVICE == "cuda":  # said by torch.compile of the loss
+        config.addinivalue_line("filterwarnings", r"ignore:\s*Online softmax is disabled:UserWarning")
+
+
 def pytest_collection_modifyitems(items):
     """Mark what trains with a Trainer, so that the run at each save can leave it out; keep on one worker what shares
     processes that a fixture launches."""

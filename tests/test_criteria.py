@@ -120,7 +120,7 @@ def test_change_of_the_gradient_is_that_of_its_norm_relative_to_before():
 
 def similarity(rows, other):
     """Linear CKA by the definition, from the centred matrices of inner products."""
-    centre = torch.eye(len(rows)) - 1 / len(rows)
+    centre = torch.eye(len(rows), device=rows.device) - 1 / len(rows)
     first, second = (centre @ x @ x.T @ centre for x in (rows, other))
     return float((first * second).sum() / (first.norm() * second.norm()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 
 import pytest
@@ -73,10 +74,11 @@ def synchronisations(model, size):
 
 def test_the_host_waits_once_for_a_batch_and_not_for_each_example():
     model = tiny_bert().cuda()
+    own = synchronisations(model, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     unfreezer = Unfreezer(model, optimizer, "head@0", cache="memory")
     unfreezer.step(0)
-    assert synchronisations(model, 4) == synchronisations(model, 32) <= 2
+    assert synchronisations(model, 4) == synchronisations(model, 32) <= own + 2
     unfreezer.close()
 
 
@@ -90,6 +92,7 @@ def peak(spec, **options):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     unfreezer = Unfreezer(model, optimizer, spec, total_steps=61, **options)
     ids = torch.arange(8).cuda()[None]
+    gc.collect()  # what ran before in this process is not to be let go while this is measured
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for step in range(61):

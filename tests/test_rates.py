@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from conftest import EXAMPLES, hashes, tiny_bert
+from conftest import DEVICE, EXAMPLES, hashes, tiny_bert
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import plan, single, towers
@@ -156,7 +156,8 @@ def test_the_cache_serves_what_is_frozen_by_then(make_trainer):
     plain, cached = (
         run(make_trainer, "freeze_out(0.3, scaled=false)", cache=cache, max_steps=28) for cache in (None, "memory")
     )
-    assert hashes(plain.model) == hashes(cached.model)
+    for one, other in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0 if DEVICE == "cpu" else 1e-6)  # there by size of batch
     stats = next(c for c in cached.callback_handler.callbacks if isinstance(c, UnfreezeCallback)).cache.stats
     assert stats.hits >= 20 and stats.misses <= 4 * EXAMPLES, (
         "the head trains alone for 12 of 28 steps, 5 in its second epoch"
