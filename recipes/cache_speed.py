@@ -6,12 +6,16 @@ python recipes/cache_speed.py --max_train_samples 64 --repeats 1
     a look at it in a minute
 
 The methods take turns, repeat by repeat, so that a busy machine slows all of them alike. Only ratios mean something.
+With ``--trials 10`` it also makes the trials of a search, for the head alone and with the top half, at several rates.
+They share one store on the disk, so that only the first of them computes what is frozen in all.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +31,9 @@ from rich.table import Table
 from tables import TextArguments
 from transformers import TrainerCallback
 
-from hf_unfreeze import UnfreezeCallback
+from hf_unfreeze import FrozenPrefixCache, UnfreezeCallback
+
+TRIALS = list(itertools.product((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), ("head@0", "top(0.5)")))
 
 
 @dataclass
@@ -37,6 +43,7 @@ class SpeedArguments:
     repeats: int = field(default=3, metadata={"help": "Runs of each method; the median counts."})
     epochs: int = field(default=5, metadata={"help": "Epochs of each run."})
     overhead_steps: int = field(default=30, metadata={"help": "Steps that measure the cost of the callback itself."})
+    trials: int = field(default=0, metadata={"help": f"Trials of a search, {len(TRIALS)} at most."})
     output: str = field(default="cache_speed.json", metadata={"help": "Where the numbers go."})
 
 
@@ -51,15 +58,28 @@ for name, schedule in SCHEDULES.items():
         Method(name, (), {"schedule": schedule}),
         Method(f"{name}, cache", (), {"schedule": schedule, "cache": "memory"}),
     ]
+WAYS = ("without", "with cache")
 RATE = 3e-4
 FOLDER = "runs/cache_speed"
 
 
-def measure(task: Task, method: Method, epochs: int) -> dict[str, Any]:
+def measure(task: Task, method: Method, epochs: int, rate: float = RATE) -> dict[str, Any]:
     """Train once by a method."""
     clock = Clock()
-    trainer = trainer_of(task, method, RATE, 0, clock, output_dir=FOLDER, num_train_epochs=epochs)
+    trainer = trainer_of(task, method, rate, 0, clock, output_dir=FOLDER, num_train_epochs=epochs)
     return {"loss": trainer.train().training_loss, "seconds": clock.wall}
+
+
+def search(task: Task, trials: int, epochs: int) -> dict[str, list[dict[str, Any]]]:
+    """Make the trials without a cache and with one on the disk that they share, trial by trial in turns."""
+    done: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        for rate, schedule in TRIALS[:trials]:
+            for way in WAYS:
+                cache = FrozenPrefixCache("disk", folder=folder) if way == "with cache" else None
+                method = Method(schedule, (), {"schedule": schedule, "cache": cache})
+                done[way].append({"schedule": schedule, "rate": rate, **measure(task, method, epochs, rate)})
+    return done
 
 
 class OwnTime(TrainerCallback):
@@ -135,11 +155,16 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=120)
     console.print(table(results))
     console.print(f"the callback itself, with nothing frozen: {100 * share:.4f} % of a step")
+    found = search(task, speed_args.trials, speed_args.epochs)
+    if speed_args.trials:
+        without, cached = (sum(sum(trial["seconds"]) for trial in found[way]) for way in WAYS)
+        console.print(f"{speed_args.trials} trials that share a store, with cache ÷ without: {cached / without:.2f}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     numbers = versions | {
         "examples": len(task.data["train"]),
         "threads": torch.get_num_threads(),
         "callback_share": share,
+        "trials": found,
         "methods": {name: {"seconds": median_epochs(runs), "runs": runs} for name, runs in results.items()},
     }
     Path(speed_args.output).write_text(json.dumps(numbers, indent=2), encoding="utf-8")

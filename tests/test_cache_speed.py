@@ -22,7 +22,7 @@ pytestmark = [
 def test_cache_speed_on_a_few_examples(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cache_speed.main(["--max_train_samples", "16", "--max_eval_samples", "4", "--repeats", "2", "--epochs", "2",
-                    "--overhead_steps", "3", "--output", "numbers.json"])  # fmt: skip
+                    "--overhead_steps", "3", "--trials", "2", "--output", "numbers.json"])  # fmt: skip
     numbers = json.loads(Path("numbers.json").read_text())
     methods = numbers["methods"]
     assert set(methods) == {method.name for method in cache_speed.METHODS}
@@ -33,4 +33,8 @@ def test_cache_speed_on_a_few_examples(tmp_path, monkeypatch, capsys):
                 methods[name[: -len(", cache")]]["runs"][0]["loss"]
             )
     assert 0 < numbers["callback_share"] < 1
-    assert "full fine-tuning" in capsys.readouterr().out
+    plain, cached = numbers["trials"].values()
+    assert [trial["schedule"] for trial in cached] == ["head@0", "top(0.5)"]
+    assert [trial["loss"] for trial in cached] == pytest.approx([trial["loss"] for trial in plain])
+    shown = capsys.readouterr().out
+    assert "full fine-tuning" in shown and "2 trials that share a store" in shown
