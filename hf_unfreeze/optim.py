@@ -202,7 +202,7 @@ class OffloadState:
 
     def update(self) -> None:
         """Move what is frozen now to main memory, and what has opened back."""
-        for parameter in self._parameters:
+        for parameter in sorted(self._parameters, key=lambda p: p.requires_grad):  # first room, then what needs it
             for name, value in self._optimizer.state.get(parameter, {}).items():
                 if not isinstance(value, torch.Tensor):
                     continue
