@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -126,7 +128,8 @@ MISSING = {
     "deepstack_layer_map": [[0, 0], [1, 1]],
     "spatial_merge_size": 2,
 }
-# Values of single model types.
+OCR = {"intraclass_block_config": defaultdict(lambda: [3, 1, 1]), "kernel_list": [3, 2, 2]}  # sizes of convolutions
+# Values of single model types; a function is called for one.
 VALUES: dict[str, dict[str, Any]] = {
     "beit": {"out_indices": [0, 1, 2, 3]},
     "reformer": {"is_decoder": True},
@@ -137,6 +140,12 @@ VALUES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
                        "indexer_compress_ratio": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 6},
+    "sapiens2": {"head_config": lambda: CONFIG_MAPPING["sapiens2"].sub_configs["head_config"](
+        use_pixel_shuffle=True, upsample_out_channels=[64, 32], upsample_kernel_sizes=[3, 3], conv_out_channels=[32],
+        conv_kernel_sizes=[1], scale_conv_out_channels=[32], scale_conv_kernel_sizes=[1], scale_final_input_size=32,
+        scale_final_hidden_sizes=[16, 8])},
+    "pp_ocrv5_server_det": OCR,
+    "pp_ocrv6_medium_det": OCR,
     "cohere_compass_text": {"rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in
                                                 ("full_attention", "sliding_attention")}},
 }  # fmt: skip
@@ -160,7 +169,7 @@ def _complete(config: Any) -> Any:
         if missing:
             setattr(config, name, value)
     for name, value in VALUES.get(config.model_type, {}).items():
-        setattr(config, name, value)
+        setattr(config, name, value() if isinstance(value, FunctionType) else value)
     for name, value in list(vars(config).items()):
         if isinstance(value, transformers.PretrainedConfig):
             stand_in = STAND_INS.get(value.model_type) if not TIMM else None
