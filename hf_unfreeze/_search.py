@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEDULES", "Search", "trials_figure", "trials_table"]
 
-SCHEDULES = ("head@0", "top(0.33)", "top(0.5)", "linear_probe(until=20%)", "gradual(every=10%)", "all_at_once")
+SCHEDULES = ("head@0", "top(0.25)", "top(0.4)", "linear_probe(until=20%)", "gradual(every=10%)", "all_at_once")
 
 Row = dict[str, Any]
 _METRICS = re.compile(r"\{'[^{}]*\}")  # as the Trainer prints them

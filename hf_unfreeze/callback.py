@@ -60,7 +60,7 @@ class UnfreezeCallback(TrainerCallback):
         >>> trainer.train()
 
     Args:
-        schedule: A spec string (see ``hf_unfreeze.schedule``) or a ``Schedule``; left out, ``top(0.33)``, and on a
+        schedule: A spec string (see ``hf_unfreeze.schedule``) or a ``Schedule``; left out, ``top(0.4)``, and on a
             CPU the cache in memory, unless ``cache`` says otherwise.
         layer_decay: Factor on the learning rate from each level to the one below it, in (0, 1]; ``"0.35->1.0"``
             changes it evenly from the first step to the last.

@@ -60,7 +60,7 @@ class Unfreezer:
     Args:
         model: The model, wrapped or not. Build the optimizer over all its parameters before.
         optimizer: A torch optimizer, or Accelerate's wrapper of one.
-        schedule: A spec string or a ``Schedule``; left out, ``top(0.33)``, and on a CPU the cache in memory,
+        schedule: A spec string or a ``Schedule``; left out, ``top(0.4)``, and on a CPU the cache in memory,
             unless ``cache`` says otherwise.
         total_steps: Optimizer updates of the whole run; needed where a time is in ``%``.
         steps_per_epoch: Optimizer updates in one epoch; needed where a time is in ``ep``.
