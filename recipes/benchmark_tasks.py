@@ -126,11 +126,16 @@ def speech(limits: DataArguments) -> Task:
         return {"input_features": stack(rows), "labels": pad_sequence(labels, batch_first=True, padding_value=-100)}
 
     data = without_decoding(fewer(load_splits(arguments, ["audio", "text"], prompts), limits), "audio")
+    shape = listener.features(data["train"][0]).shape
+    features = datasets.Features(
+        {"input_features": datasets.Array2D(shape, "float32"), "labels": datasets.Sequence(datasets.Value("int64"))}
+    )
+    prepared = data.map(encode, remove_columns=data["train"].column_names, features=features)
     return Task(
         "wer",
         -1,
-        (3e-5, 1e-4, 3e-4),
-        data.map(encode, remove_columns=data["train"].column_names),
+        (3e-5, 7e-5, 1e-4, 3e-4),
+        prepared.with_format("numpy", columns=["input_features"], output_all_columns=True),
         load,
         collate,
         speech_metrics(tokenizer),
