@@ -76,9 +76,9 @@ class Loose:
         self.holders = self.ancestors | {outer for path in blocks for outer in prefixes(path)}
         self.sources = {stack.source: name for stack, name in zip(stacks, names, strict=True)}
         self.tiers = tiers
-        self.top = tiers[-1]
+        self.tier = {name: index for index, names in enumerate(tiers) for name in names}
         self.lowest = max(height(tiers[0][0]), BOTTOM)
-        self.crowned = {name.partition(".")[0] for name in self.top}  # what the towers stand under
+        self.crowned = {name.partition(".")[0] for name in tiers[-1]}  # what the towers stand under
         self.language = self.fused and bool({"text", "cross"} & self.crowned)
         self.sight = self.fused and any(name.startswith("vision") for name in tiers[0])
         self.base = base_of(model, stacks)
@@ -159,44 +159,42 @@ class Loose:
             return Place(self._between(parent, True), None, "below a stack that stands on others")
         return Place("embeddings" if before else "head", None, "before the blocks" if before else "after the blocks")
 
-    def _own(self, parent: str) -> list[int]:
-        """Heights of the stacks that a module holds, as indices of their tiers."""
-        tier = {name: index for index, names in enumerate(self.tiers) for name in names}
-        return sorted(tier[name] for source, name in self.sources.items() if not parent or _holds(parent, source))
+    def _own(self, parent: str) -> list[str]:
+        """The stacks that a module holds, bottom → top."""
+        held = (name for source, name in self.sources.items() if not parent or _holds(parent, source))
+        return sorted(held, key=self.tier.__getitem__)
 
     def _joint(self, parent: str, branch: str) -> str:
         """The connector of a part of a module: below its stack or above it, and as usual where it holds several."""
-        own = self._own(parent)
-        if own[0] != own[-1]:
+        tiers = {self.tier[name] for name in self._own(parent)}
+        if len(tiers) > 1:
             return "connector"
-        return self._between(parent, own[0] == len(self.tiers) - 1 or self._before(parent, branch))
+        return self._between(parent, tiers == {len(self.tiers) - 1} or self._before(parent, branch))
 
     def _between(self, parent: str, below: bool) -> str:
         """The connector below all stacks that a module holds, or above them."""
         own = self._own(parent)
-        if below:
-            return f"{self.tiers[own[0] - 1][0]}.connector" if own[0] else "connector"
-        return f"{self.tiers[own[-1]][0]}.connector"
+        return self._under(own[0]) if below else f"{own[-1]}.connector"
+
+    def _under(self, stack: str) -> str:
+        """The connector right below a stack."""
+        at = self.tier.get(stack, 0)
+        return f"{self.tiers[at - 1][0]}.connector" if at else "connector"
 
     def _put(self, where: str, parent: str) -> str:
         """The stack that the last column of the quirks means."""
-        if where in ("below", "above") and not self.fused:
-            return "embeddings" if where == "below" else "head"
         if where == "amid":
-            return f"{self.tiers[self._own(parent)[-1] - 1][0]}.connector"
-        return self._between(parent, where == "below") if where in ("below", "above") else where
-
-    def _under(self, stack: str) -> str:
-        """The connector below a stack."""
-        at = next((index for index, names in enumerate(self.tiers) if stack in names), 0)
-        return f"{self.tiers[at - 1][0]}.connector" if at else "connector"
+            return self._under(self._own(parent)[-1])
+        if where not in ("below", "above"):
+            return where
+        if not self.fused:
+            return "embeddings" if where == "below" else "head"
+        return self._between(parent, where == "below")
 
     def _lower(self, parent: str) -> str:
         """The stack that a module belongs to, if another one stands on it."""
-        if not self.fused or not parent:
-            return ""
-        own = self._own(parent)
-        return self.tiers[own[-1]][0] if own[-1] < len(self.tiers) - 1 else ""
+        highest = self._own(parent)[-1] if self.fused and parent else ""
+        return highest if highest and self.tier[highest] < len(self.tiers) - 1 else ""
 
     def _feeds(self, lower: str) -> bool:
         """Whether what stands on top reads a tower, and is no decoder or twin of its own kind."""
@@ -206,8 +204,7 @@ class Loose:
 
     def _stands_on_others(self, parent: str) -> bool:
         """Whether a module holds stacks, and all of them read what lower ones give."""
-        own = [name for source, name in self.sources.items() if parent and _holds(parent, source)]
-        return bool(own) and min(map(height, own)) > self.lowest
+        return bool(parent) and min(map(height, self._own(parent))) > self.lowest
 
     def _before(self, parent: str, branch: str) -> bool:
         """Whether a child is registered before the first child that holds blocks, or is a parameter."""
