@@ -65,15 +65,14 @@ def settle(connectors: Iterable[str], tiers: Tiers, parallel: bool) -> tuple[dic
     usual = min(order.index(("connector",)), len(tiers) - 1)
     above = {name: index + 1 for index, names in enumerate(tiers) for name in names}
     at = {name: above.get(name.removesuffix(".connector"), usual) for name in connectors}
-    between = {i for i in at.values() if i < len(tiers)}
-    called = {
-        name: "head"  # above everything
-        if i == len(tiers)
-        else "connector"
-        if len(between) == 1
-        else f"{tiers[i - 1][0] if i else 'embeddings'}.connector"
-        for name, i in at.items()
-    }
+    single = len({index for index in at.values() if index < len(tiers)}) == 1
+
+    def name_at(index: int) -> str:
+        if index == len(tiers):
+            return "head"  # above everything
+        return "connector" if single else f"{tiers[index - 1][0] if index else 'embeddings'}.connector"
+
+    called = {name: name_at(index) for name, index in at.items()}
     result: list[tuple[str, ...]] = []
     for index, names in enumerate(tiers):
         result += [(name,) for name in dict.fromkeys(called[c] for c, i in at.items() if i == index)]

@@ -264,7 +264,7 @@ RANKS = {
 # What runs between two blocks of the tower beside it, and the value of the config that tells after which.
 MIDWAY = (("vit_merger", "insert_layer_id"),)
 # What leads into the first stage of a model, and is its stem: registered in that stage, or in a list beside the stages.
-FIRST_STEM = (r"embed|^(downsample_layers|convs)$|^convs$",)
+FIRST_STEM = (r"embed|^(downsample_layers|convs)$",)
 # What closes a stage that it is registered in, where everything else after the blocks leads to the next stage.
 STAGE_END = (r"norm|^(conv|patch_embed)$",)
 # Lists that a forward runs from the last to the first: the class that holds them.
