@@ -168,7 +168,8 @@ class Loose:
         """The connector of a part of a module: below its stack or above it, and as usual where it holds several."""
         tiers = {self.tier[name] for name in self._own(parent)}
         if len(tiers) > 1:
-            return "connector"
+            coder = self._own(join(parent, "encoder")) if max(tiers) < len(self.tiers) - 1 else []
+            return f"{coder[-1]}.connector" if coder else "connector"  # what quantises is above the encoder
         return self._between(parent, tiers == {len(self.tiers) - 1} or self._before(parent, branch))
 
     def _between(self, parent: str, below: bool) -> str:
@@ -199,7 +200,7 @@ class Loose:
     def _feeds(self, lower: str) -> bool:
         """Whether what stands on top reads a tower, and is no decoder or twin of its own kind."""
         first = lower.partition(".")[0]
-        bottom = height(lower) <= BOTTOM or (first == "text" and lower in self.tiers[0])
+        bottom = height(lower) <= BOTTOM or (lower == "text" and lower in self.tiers[0])
         return first not in self.crowned and (self.language or bottom)
 
     def _stands_on_others(self, parent: str) -> bool:

@@ -7,11 +7,12 @@ __all__ = ["QUIRKS"]
 # Class of the owner, component of the name, and where it runs: embeddings, head, the connector (of a stack), or
 # below or above the stacks that its owner holds, or amid: below the highest of them.
 QUIRKS = (
+    (r"^SeamlessM4T\w*ConformerEncoder$", r"^layer_norm$", "above"),
     (r"BigBirdPegasus(En|De)coder", r"^layernorm_embedding$", "head"),
     (r"^Lfm(?!\w*Vision)", r"^embedding_norm$", "head"),
     (r"StableLayerNorm|ConformerEncoder|Wav2Vec2BertEncoder|GroundingDinoDecoder", r"^layer_norm$", "head"),
     (r"SEWD|Deberta", r"^(LayerNorm|conv)$", "embeddings"),
-    (r"CohereAsrDecoder", r"^proj$", "below"),
+    (r"^(CohereAsr|MoonshineStreaming)Decoder$", r"^proj$", "below"),
     (r"PerceiverEncoder", r"^cross_attention$", "embeddings"),
     (r"Perceiver", r"^decoder$", "head"),
     (r"Videomt|Eomt", r"^layernorm$", "head"),
@@ -49,12 +50,18 @@ QUIRKS = (
     (r"VideoMemoryEncoder$", r"^feature_projection$", "below"),
     (r"^Sam3\w*GeometryEncoder$", r"^output_layer_norm$", "above"),
     (r"^Sam3\w*DetrDecoder$", r"^reference_points$", "embeddings"),
-    (r"^GraniteSpeech\w*Encoder$", r"^out(_mid)?$", "head"),
+    (r"^GraniteSpeech5Encoder$", r"^out(_mid)?$", "head"),
     (r"^OneFormer\w*QueryTransformerDecoder$", r"^norm$", "above"),
     (r"^(Dac|Xcodec2|NeuCodec)Decoder$|^SemanticEncoder$", r"^(conv|conv1|embed)$", "below"),
     (r"^WavTokenizerVocosBackbone$", r"^(embed|pos_net|norm)$", "below"),
     (r"^XCLIPPromptGenerator$", r"^layernorm$", "below"),
     (r"WordTimestampModel$", r"^input_layer_norm$", "below"),
+    (r"^VideoPrismText", r"^layernorm$", "head"),
+    (r"^BltPatcher$", r"^lm_head$", "above"),
+    (r"^SemanticDecoder$", r"^conv1$", "below"),
+    (r"^PeAudioVideoEncoder$", r"^embedder$", "below"),
+    (r"MaskDecoder$", r"^conv_s\d$", "vision.connector"),
+    (r"^NemotronHOmniModel$", r"^vision_final_layernorm$", "vision.connector"),
     (r"^MimiDecoder", r"^upsample$", "below"),
     (r"^VibeVoice\w*Decoder", r"^stem$", "below"),
     (r"ForImageClassification$", r"^classifier$", "above"),  # in PE Video its logits are features

@@ -18,6 +18,7 @@ __all__ = [
     "CONNECTOR",
     "FIRST_STAGE",
     "FIRST_STEM",
+    "HALFWAY",
     "HEAD",
     "INPUT_PROJECTION",
     "MIDWAY",
@@ -68,7 +69,7 @@ NEVER_CLASS = (
 NOT_STACKS = (
     r"^(feature_(extractor|encoder)|conv_embed\w*|embeddings?|embedder|patch_embed\w*|stem|subsampl\w*|conv_stem)$",
     r"^(fpn|pan)_blocks$|^fusion_stage$|^tracker_neck$|^task_encoder$|^segmentation|^duration_predictor$",
-    r"head|classifier|^neck$|^cls$|^score$|^pooler$|^projector$|_projectors$|merger|multi_modal_projector|upscale|upsampl|expert|^channel_projection|^mlp$|^ffn$|(?<!image)(?<!audio)_embed$|tdnn|adapter|^fc\w*$",
+    r"head|classifier|^neck$|^cls$|^score$|^pooler$|^projector$|_projectors$|merger|multi_modal_projector|upscale|upsampl|expert|^channel_projection|^lqe_layers$|^mlp$|^ffn$|(?<!image)(?<!audio)_embed$|tdnn|adapter|^fc\w*$",
 )
 # What is a tower in spite of lying there: the Q-Former in a projector, the image model in a video embedder.
 TOWERS_INSIDE = (r"^(qformer|vision_model|audio_encoder|video_encoder)$",)
@@ -97,7 +98,7 @@ HEAD = (
     r"head|classifier|predict(?!or)|^logit_|temperature|pooler|^ctc|^fc_norm$|^score|seq_relationship|^embed_out$|^attention_pool",
     r"^(start|end|answer|span)_|^tdnn$|^layer_weights$|^projector$|^decode_|^neck$|(?<!denoising_)class_embed(?!ding)|bbox_embed(?!ding)|^bbox_pred",
     r"^embedding_proj|^upscale|^embed_out|unembed|mask_embed(?!ding)|_a3_module$|merger|^final_input$|^segmentation|^transposed_convolution",
-    r"^vocab|^generator|^proj_out$|^summary|^discriminator|^lm_|^qa_",
+    r"^lqe_layers$|^vocab|^generator|^proj_out$|^summary|^discriminator|^lm_|^qa_",
 )
 NORM = (r"norm|^ln|^layernorm|^post_?ln",)
 NORM_LAST = (r"final|post|^norm$|_f$|^norm2|layernorm2$|^head_norm",)
@@ -120,7 +121,7 @@ INPUT_PROJECTION = (
     r"^ref_point_head$|^query_pos(ition)?_head$|^query_input_projection$|^reference_points_head$|^task_(encoder|project)$|^channel_projection",
 )
 PROPOSALS = (
-    r"^enc_output|^reference_points$|^encoder_vision_features$|^(lateral|downsample)_convs$|^(fpn|pan)_blocks$",
+    r"^enc_output|^decoder_input_proj|^reference_points$|^encoder_vision_features$|^(lateral|downsample)_convs$|^(fpn|pan)_blocks$",
 )
 # What a task class puts before its base model, and not on it.
 OUTER_STEM = (r"^embed_|_embeds$|^pre_projection$",)
@@ -267,6 +268,8 @@ MIDWAY = (("vit_merger", "insert_layer_id"),)
 FIRST_STEM = (r"embed|^(downsample_layers|convs)$",)
 # What closes a stage that it is registered in, where everything else after the blocks leads to the next stage.
 STAGE_END = (r"norm|^(conv|patch_embed)$",)
+# What reads the first half of the layers beside it and adds to what the others get: its owner's class, and its name.
+HALFWAY = (r"^GraniteSpeech\w*CTCEncoder$", r"^out(_mid)?$")
 # Lists that a forward runs from the last to the first: the class that holds them.
 REVERSED = (r"^VitsResidualCouplingBlock$|^Emu3VQVAEUpBlock$",)
 # Lists before or after the one beside them, and not woven into it.

@@ -140,7 +140,7 @@ def _join_between(stack: Stack, module: nn.Module, run: list[str]) -> None:
     for name, _ in module.named_children():
         at += name in run
         if name.startswith("attn") and 0 <= at < len(run) - 1 == len(stack.blocks) - 1:
-            stack.blocks[at] = (*stack.blocks[at], join(stack.path, name))
+            stack.blocks[at] = (join(stack.path, name), *stack.blocks[at])
 
 
 def _blocks(members: list[tuple[str, nn.Module]], no_split: frozenset[str]) -> tuple[list[Block], list[str]]:
@@ -189,7 +189,7 @@ def _blocks(members: list[tuple[str, nn.Module]], no_split: frozenset[str]) -> t
         pending = [*rest, *(item for item in after if item not in closing)]
     for at, closing in ends:
         last = at == ends[-1][0]  # its norm is the final one
-        blocks[at] = (*blocks[at], *(item for item in closing if not (last and "norm" in item.rpartition(".")[2])))
+        blocks[at] = (*(i for i in closing if not (last and "norm" in i.rpartition(".")[2])), *blocks[at])
     return blocks, pending
 
 

@@ -157,16 +157,16 @@ def _assemble(model: nn.Module, layout: Layout | None) -> tuple[tuple[LayerGroup
         homes = {_key(layout.places[other]) for other in others}
         tied = next((other for other in others if other != lowest), lowest)
         reasons[name] = f"{place.reason}; tie with {tied}" if len(homes) > 1 else place.reason
-    levels = {value[:1]: i for i, value in enumerate(sorted({v[:1] for v in height.values()}))}
     used = {stack for (stack, _), names in members.items() if names}
+    # but for a tower that is tied to a lower one as a whole
+    kept = [key for key in sorted(height, key=lambda k: height[k]) if key[1] is None or key[0] in used]
+    levels = {value: i for i, value in enumerate(dict.fromkeys(height[key][:1] for key in kept))}
     groups = []
-    for key in sorted(height, key=lambda k: height[k]):
+    for key in kept:
         stack, index = key
-        if index is not None and stack not in used:  # a tower that is tied to a lower one as a whole
-            continue
         name = stack if index is None else f"{stack}.block[{index}]" if stack else f"block[{index}]"
-        kept = "" if stack in ("embeddings", "head") and index is None else stack.removesuffix(".connector")
-        groups.append(LayerGroup(name, kept, tuple(members[key]), levels[height[key][:1]]))
+        own = "" if stack in ("embeddings", "head") and index is None else stack.removesuffix(".connector")
+        groups.append(LayerGroup(name, own, tuple(members[key]), levels[height[key][:1]]))
     return tuple(groups), reasons
 
 

@@ -148,7 +148,8 @@ TABLE = [
     ("deepseek_ocr2", "base", {"vision_tower.sam_encoder.neck.conv1.weight": "vision.connector",
         "multi_modal_projector.weight": "vision.vision_encoder.connector"}),
     ("rt_detr", "base", {"encoder_input_proj.0.0.weight": "vision.connector",
-        "encoder.lateral_convs.0.conv.weight": "encoder.connector", "enc_output.0.weight": "encoder.connector"}),
+        "encoder.lateral_convs.0.conv.weight": "encoder.connector", "enc_output.0.weight": "encoder.connector",
+        "decoder_input_proj.0.0.weight": "encoder.connector"}),
     ("pp_doclayout_v2", "object_detection", {"model.enc_score_head.weight": "head"}),
     ("deformable_detr", "base", {"reference_points.weight": "encoder.connector"}),
     ("mllama", "base", {"vision_model.layernorm_post.weight": "vision.connector",
@@ -170,7 +171,8 @@ TABLE = [
     ("muse_spark_audio", "base", {"layers.0.patch_embedder.proj.weight": "embeddings",
         "layers.1.patch_embedder.proj.weight": "block[2]"}),
     ("sam2_video", "base", {"mask_downsample.weight": "embeddings", "memory_attention.layer_norm.bias":
-        "memory.connector", "memory_encoder.feature_projection.weight": "vision.connector"}),
+        "memory.connector", "memory_encoder.feature_projection.weight": "vision.connector",
+        "mask_decoder.conv_s0.weight": "vision.connector"}),
     ("sam3", "base", {"text_encoder.text_model.final_layer_norm.weight": "vision.connector",
         "geometry_encoder.output_layer_norm.weight": "encoder.connector",
         "detr_decoder.reference_points.weight": "embeddings"}),
@@ -180,7 +182,15 @@ TABLE = [
         "token2wav.code2wav_dit_model.norm_out.linear.weight": "code2wav.connector"}),
     ("pe_video_encoder", "base", {"embedder.vision_model.classifier.weight": "connector"}),
     ("nemotron3_diarization", "audio_frame", {"silence_embeds": "embeddings"}),
-    ("granite_speech", "base", {"encoder.out_mid.weight": "head"}),
+    ("granite_speech", "base", {"encoder.out_mid.weight": "audio.block[0]"}),  # after half of the layers
+    ("csm", "text_to", {"codec_model.quantizer.semantic_residual_vector_quantizer.input_proj.weight":
+        "codec.encoder.connector", "depth_decoder.model.inputs_embeds_projector.weight": "text.connector"}),
+    ("d_fine", "base", {"decoder.lqe_layers.0.reg_conf.layers.0.weight": "head"}),
+    ("seamless_m4t", "speech_seq", {"speech_encoder.encoder.layer_norm.weight": "connector"}),
+    ("videoprism", "base", {"text_model.layernorm.weight": "head"}),
+    ("blt", "base", {"patcher.lm_head.weight": "patcher.connector"}),
+    ("pe_audio_video", "base", {"audio_video_encoder.embedder.data_proj.weight": "text.connector"}),
+    ("pe_audio_video_encoder", "base", {"embedder.concat_modality_proj.weight": "audio.connector"}),
     ("encoder-decoder", "causal", {"encoder.pooler.dense.weight": "head"}),
 ]  # fmt: skip
 
@@ -272,3 +282,8 @@ def test_what_runs_between_two_blocks_serves_the_upper_one():
     for layers, group in ((3, "head"), (9, "block[7]")):  # after the seventh block, where there is one
         home = {name: g.name for g in layer_groups(model_zoo.build(pair, layers)) for name in g.parameter_names}
         assert home["vit_merger.self_attn.k_proj.weight"] == group
+
+
+def test_a_tower_tied_as_a_whole_takes_no_level():
+    levels = [group.level for group in layer_groups(model_of("diffusion_gemma", "base"))]
+    assert sorted(set(levels)) == list(range(max(levels) + 1))
