@@ -21,6 +21,7 @@ from ._roles import (
     OUTER_STEM,
     OWN_STEM,
     PROPOSALS,
+    QUERIES,
     STEM,
     TASK_HEAD,
     TOWER,
@@ -98,6 +99,8 @@ class Loose:
         words = below[:-1] if len(below) > 1 and below[-1] in ("weight", "bias") else below
         for word in words:
             told = self._by_word(word, parent, branch, lower)
+            if told is not None and told.stack.endswith("connector") and matches(QUERIES, below[-1]):
+                return Place("embeddings", None, f"learned queries ({below[-1]})"), True
             if told is not None:
                 return told, True
         if isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.Embedding):

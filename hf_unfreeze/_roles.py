@@ -12,13 +12,13 @@ import re
 __all__ = [
     "APART",
     "AUDIO_CLASS",
+    "BESIDE",
     "BETWEEN_STAGES",
     "BLOCK_CLASS",
     "CLASS_MODALITIES",
     "CONNECTOR",
     "FIRST_STAGE",
     "FIRST_STEM",
-    "HALFWAY",
     "HEAD",
     "INPUT_PROJECTION",
     "MIDWAY",
@@ -36,6 +36,7 @@ __all__ = [
     "PARALLEL",
     "PARTS",
     "PROPOSALS",
+    "QUERIES",
     "RANKS",
     "REVERSED",
     "SECOND_HALF",
@@ -123,6 +124,8 @@ INPUT_PROJECTION = (
 PROPOSALS = (
     r"^enc_output|^decoder_input_proj|^reference_points$|^encoder_vision_features$|^(lateral|downsample)_convs$|^(fpn|pan)_blocks$",
 )
+# Learned queries of a projector.
+QUERIES = (r"^(latent_)?query$",)
 # What a task class puts before its base model, and not on it.
 OUTER_STEM = (r"^embed_|_embeds$|^pre_projection$",)
 # A model with these beside its "base model" is no task class.
@@ -265,11 +268,14 @@ RANKS = {
 # What runs between two blocks of the tower beside it, and the value of the config that tells after which.
 MIDWAY = (("vit_merger", "insert_layer_id"),)
 # What leads into the first stage of a model, and is its stem: registered in that stage, or in a list beside the stages.
-FIRST_STEM = (r"embed|^(downsample_layers|convs)$",)
+FIRST_STEM = (r"embed|^(downsample_layers|convs|group_token)$",)
 # What closes a stage that it is registered in, where everything else after the blocks leads to the next stage.
 STAGE_END = (r"norm|^(conv|patch_embed)$",)
-# What reads the first half of the layers beside it and adds to what the others get: its owner's class, and its name.
-HALFWAY = (r"^GraniteSpeech\w*CTCEncoder$", r"^out(_mid)?$")
+# What runs with a block of the list beside it: the owner's class, its name, and after which share of the blocks.
+BESIDE = (
+    (r"^GraniteSpeech\w*CTCEncoder$", r"^out(_mid)?$", 0.5),
+    (r"LocalEncoder$", r"^patch_embedding_projection$", 1.0),
+)
 # Lists that a forward runs from the last to the first: the class that holds them.
 REVERSED = (r"^VitsResidualCouplingBlock$|^Emu3VQVAEUpBlock$",)
 # Lists before or after the one beside them, and not woven into it.

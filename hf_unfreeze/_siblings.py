@@ -7,7 +7,7 @@ import re
 from torch import nn
 
 from ._blocks import CONTAINERS, Stack, has_parameters, join
-from ._roles import APART, FIRST_STEM, HALFWAY, HEAD, MIDWAY, NOT_STACKS, PARTS, SEQUENTIAL, matches
+from ._roles import APART, BESIDE, FIRST_STEM, HEAD, MIDWAY, NOT_STACKS, PARTS, SEQUENTIAL, matches
 
 __all__ = ["join_lists", "join_siblings"]
 
@@ -53,12 +53,12 @@ def _join_midway(stack: Stack, model: nn.Module) -> None:
         at = getattr(getattr(owner, "config", None), value, -1) + 1
         if hasattr(owner, name) and 0 < at < len(stack.blocks):
             stack.blocks[at] = (join(outer, name), *stack.blocks[at])
-    kind, word = HALFWAY
     holder = model.get_submodule(stack.path)
-    if re.search(kind, type(holder).__name__):
-        beside = (join(stack.path, name) for name, _ in holder.named_children() if re.search(word, name))
-        half = max(0, len(stack.blocks) // 2 - 1)
-        stack.blocks[half] = (*beside, *stack.blocks[half])
+    for kind, word, share in BESIDE:
+        if re.search(kind, type(holder).__name__):
+            at = max(0, int(share * len(stack.blocks)) - 1)
+            parts = (join(stack.path, name) for name, _ in holder.named_children() if re.search(word, name))
+            stack.blocks[at] = (*parts, *stack.blocks[at])
 
 
 def _modality(stack: Stack) -> str:

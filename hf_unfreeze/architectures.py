@@ -71,7 +71,7 @@ _T5: _Family = (
     ("shared", "embed_tokens", "relative_attention_bias"),
 )
 # transformers 5 took the encoder module out of these: encoder.layer became layers
-_VIT: _Family = ({"": ("encoder.layer", "layers")}, ("embeddings", "relative_position_bias"))
+_VIT: _Family = ({"": ("encoder.layer", "layers")}, ("embeddings", "relative_position_bias", "shared_position_bias"))
 _WAV2VEC2: _Family = (
     {"": ("encoder.layers",)},
     ("feature_extractor", "feature_projection", "pos_conv_embed", "masked_spec_embed", "rel_attn_embed"),

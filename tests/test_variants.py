@@ -58,6 +58,12 @@ def test_deberta_relative_attention(model_type):
     assert names(model) == NAMES
 
 
+def test_the_table_that_all_blocks_of_a_beit_share_is_no_head():
+    found = homes(build("beit", "image_classification", use_shared_relative_position_bias=True))
+    shared = {group for name, group in found.items() if "relative_position_bias" in name and ".layer" not in name}
+    assert shared == {"embeddings"}
+
+
 def test_albert_with_several_groups():
     model = build("albert", "masked_lm", num_hidden_groups=3, inner_group_num=2)
     assert names(model) == ["embeddings", "block[0]", "block[1]", "block[2]", "head"]
