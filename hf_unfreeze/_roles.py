@@ -117,7 +117,7 @@ SHARED_TABLE = (r"relative_attention_bias|rel_attn_embed|relative_bias|rel_pos_b
 
 # What joins a vision tower to the encoder above it, or an encoder to the decoder (DETR and its kin).
 INPUT_PROJECTION = (
-    r"^((en|de)coder_)?input_proj|^level_embed|^conv_s\d|^compress_vit|^encoder_(conv|norm)",
+    r"^((en|de)coder_)?input_proj|^level_embed|^compress_vit|^encoder_(conv|norm)",
     r"^query_position_embeddings_proj|^box_rpb_embed|^query_scale$|^ref_anchor_head$",
     r"^ref_point_head$|^query_pos(ition)?_head$|^query_input_projection$|^reference_points_head$|^task_(encoder|project)$|^channel_projection",
 )

@@ -136,10 +136,12 @@ def _numbered(module: nn.Module, no_split: frozenset[str]) -> list[list[str]]:
 
 def _join_between(stack: Stack, module: nn.Module, run: list[str]) -> None:
     """Attention that is registered between two numbered blocks (coders of images) goes to the lower one."""
+    if len(run) != len(stack.blocks):
+        return
     at = -1
     for name, _ in module.named_children():
         at += name in run
-        if name.startswith("attn") and 0 <= at < len(run) - 1 == len(stack.blocks) - 1:
+        if name.startswith("attn") and 0 <= at < len(run) - 1:
             stack.blocks[at] = (join(stack.path, name), *stack.blocks[at])
 
 

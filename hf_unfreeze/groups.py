@@ -158,7 +158,7 @@ def _assemble(model: nn.Module, layout: Layout | None) -> tuple[tuple[LayerGroup
         tied = next((other for other in others if other != lowest), lowest)
         reasons[name] = f"{place.reason}; tie with {tied}" if len(homes) > 1 else place.reason
     used = {stack for (stack, _), names in members.items() if names}
-    # but for a tower that is tied to a lower one as a whole
+    # a tower that is tied to a lower one as a whole has no groups, and takes no levels
     kept = [key for key in sorted(height, key=lambda k: height[k]) if key[1] is None or key[0] in used]
     levels = {value: i for i, value in enumerate(dict.fromkeys(height[key][:1] for key in kept))}
     groups = []
