@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from ._keys import Batch, by_length, fingerprint, read_batch, take
+from ._keys import Batch, by_length, can_be_cut, fingerprint, read_batch, take
 from ._prefix import Prefix, Reached, Run
 from ._store import Store
 from .errors import UnfreezeError
@@ -55,8 +55,10 @@ class Activations:
         self.prefix, self.store, self.stats, self.dtype = prefix, store, stats, dtype
         self._coarse = prefix_dtype is not None
         self.wanted: set[int] = set()  # boundaries that this or a later phase of the schedule needs
+        self.written = 0  # bytes given to the store
         self._computed_in = torch.float32
         self._next_check = CHECK_EVERY
+        self._ahead = 0  # examples computed before they came by
         self._parts = prefix.parts()
         library = getattr(sys.modules.get("transformers"), "__version__", None)
         self._text = f"{prefix.text()}\n{torch.__version__} {library} {prefix_dtype}"
@@ -94,12 +96,14 @@ class Activations:
         places = [index for index, row in enumerate(rows) if row is not None]
         missing = [index for index, row in enumerate(rows) if row is None]
         found = [row for row in rows if row is not None]
-        self.stats.hits += len(found)
+        early = min(self._ahead, len(found))  # the first time that they are found, nothing is saved
+        self._ahead -= early
+        self.stats.hits += len(found) - early
         self.stats.misses += len(missing)
         self._check_one(batch, places, found, boundary, forward)
         if not missing:
             return self._assembled(batch, found)
-        computed = self._compute(boundary, batch, missing, forward)
+        computed = list(self._compute(boundary, batch, missing, forward, len(missing)))
         members, first = computed[0]
         tokens = batch.tokens if batch.padded else first.shape[1]
         if members == list(range(batch.size)) and first.shape[1] == tokens:
@@ -111,23 +115,32 @@ class Activations:
             result[members, : hidden.shape[1]] = hidden
         return result
 
+    def fill(self, boundary: int, most: int, batch: Batch, forward: Forward) -> None:
+        """Compute what is missing of examples that are to come, ``most`` at a time, where that spares padding."""
+        if not can_be_cut(batch):
+            return
+        for part, _ in by_length(batch, range(batch.size), self._part_cost(), most):
+            found = zip(part, self._get(batch, part, boundary), strict=True)
+            missing = [index for index, row in found if row is None]
+            for members, _ in self._compute(boundary, batch, missing, forward, most):
+                self._ahead += len(members)
+                self.stats.misses += len(members)
+
     def keep(self, batch: Batch, members: Sequence[int], captured: dict[int, torch.Tensor]) -> None:
         """Store what a run has captured, an example at a time and without its padding."""
         for boundary, hidden in captured.items():
             self._computed_in = hidden.dtype
             there = hidden.detach().to("cpu", self.dtype or hidden.dtype)
             salt = self._fingerprint(boundary, batch.salt)
-            self.store.put(
-                (salt + batch.keys[member], (row[: batch.lengths[member]] if batch.padded else row).clone())
-                for member, row in zip(members, there, strict=True)
-            )
+            rows = zip(members, there, strict=True)
+            kept = [(row[: batch.lengths[member]] if batch.padded else row).clone() for member, row in rows]
+            self.store.put((salt + batch.keys[member], row) for member, row in zip(members, kept, strict=True))
+            self.written += sum(row.nbytes for row in kept)
 
     def _compute(
-        self, boundary: int, batch: Batch, missing: list[int], forward: Forward
-    ) -> list[tuple[list[int], torch.Tensor]]:
+        self, boundary: int, batch: Batch, missing: list[int], forward: Forward, most: int
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Compute examples up to a boundary, each from as high as it is stored; keep what later phases need too."""
-        computed = []
-        part_cost = PART_COST if self.prefix.device.type == "cpu" else PART_COST_ELSEWHERE
         lower = sorted((b for b in self.wanted if b < boundary and not self.prefix.splits(b)), reverse=True)
         for start in (*lower, 0):
             rows = self._get(batch, missing, start) if start else [None] * len(missing)
@@ -136,7 +149,7 @@ class Activations:
                 continue
             found = dict(zip(missing, rows, strict=True))
             missing = [index for index in missing if index not in members]
-            for part, tokens in by_length(batch, members, part_cost):
+            for part, tokens in by_length(batch, members, self._part_cost(), most):
                 run = Run(start, stop=boundary, capture=self.between(start, boundary))
                 if start:
                     held = [row for row in map(found.get, part) if row is not None]
@@ -146,10 +159,12 @@ class Activations:
                 self.keep(batch, part, run.captured)  # copies to the host, and so waits for an accelerator
                 self.stats.seconds += time.perf_counter() - began
                 self.stats.timed += len(part)
-                computed.append((part, blank(batch, part, run.captured[boundary])))
+                yield part, blank(batch, part, run.captured[boundary])
             if not missing:
                 break
-        return computed
+
+    def _part_cost(self) -> int:
+        return PART_COST if self.prefix.device.type == "cpu" else PART_COST_ELSEWHERE
 
     def between(self, start: int, boundary: int) -> frozenset[int]:
         """Boundaries to keep on the way from one to another."""

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ._activations import Activations, Forward, Stats
+from ._ahead import Ahead, fill
 from ._exact import buffers_kept, detached, same_outputs, unfit
 from ._keys import PAST, Batch, Unkeyed
-from ._prefix import Run, find_prefixes
+from ._prefix import Reached, Run, find_prefixes
 from ._shadow import Shadow, random_state, set_random_state
 from ._stacks import SPLIT, Stack, Trust, Watched, is_padded, problem_of, replay_of, ways
 from ._store import Store
@@ -51,6 +52,7 @@ class Caching:
         self._replay: dict[Stack, Iterator[torch.Tensor]] = {}
         self._fresh = False
         self._trainable: set[int] = set()
+        self.ahead: Ahead | None = None  # what is computed before it comes by, once it turns out to spare padding
         self._shadows: list[Shadow] = []
         for index, stack in enumerate(self._stacks):
             self._shadows += stack.prefix.shadows(functools.partial(self._at_host, f"host{index}", stack))
@@ -98,6 +100,8 @@ class Caching:
                 self._check(name, call)
             elif self._fresh and self._model.training:
                 return self._first(call)
+            elif self.ahead is not None and self._model.training and not args:
+                self._fill(name, forward, kwargs)
             return call()
         finally:
             self._outer, self._watched, self._replay = None, None, {}
@@ -191,6 +195,16 @@ class Caching:
         set_random_state(state, device)
         return call()
 
+    def _fill(self, name: str, forward: Forward, kwargs: dict[str, Any]) -> None:
+        """Compute the examples to come, once padding has been seen and found to make no difference."""
+        active = [stack for stack in self._stacks if stack.boundary]
+        ragged = [stack.trust[name].ragged for stack in active]
+        if ragged == [None]:
+            return
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None and ragged == [True]:
+            fill(active[0], ahead, self._upcoming(), forward, kwargs)
+
     def _through(self, stack: Stack, original: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run a host from the stored activations, or as it is."""
         if not stack.boundary or self._outer is None:
@@ -203,6 +217,10 @@ class Caching:
         unknown = self._watched is not None and trust.ragged is None and not self._outer
         began, computing = time.perf_counter(), self._stats.seconds
         batch = self._read(stack, args, kwargs, bool(trust.ragged) or unknown)
+        if stack.fill is not None:
+            if batch is not None:
+                stack.fill(batch, original)
+            raise Reached
         if batch is None or (self._watched is None and trusted < boundary):
             return original(*args, **kwargs)
         start = 0 if unknown and batch.padded else trusted

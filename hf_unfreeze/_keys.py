@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["PAST", "Batch", "Unkeyed", "by_length", "fingerprint", "read_batch", "take"]
+__all__ = ["PAST", "Batch", "Unkeyed", "by_length", "can_be_cut", "fingerprint", "read_batch", "take"]
 
 # Arguments that do not change what the prefix computes. What asks for more outputs is told apart before.
 IGNORED = frozenset({"labels", "num_items_in_batch", "return_dict", "return_loss", "use_cache"})
@@ -130,16 +130,20 @@ def take(batch: Batch, rows: list[int], tokens: int = 0) -> dict[str, Any]:
     return taken
 
 
-def by_length(batch: Batch, rows: Sequence[int], part_cost: int) -> list[tuple[list[int], int]]:
+def can_be_cut(batch: Batch) -> bool:
+    """Whether there is padding, and every argument is along the tokens, so that less of it can be had."""
+    tables = {name: value for name, value in batch.inputs.items() if _is_table(value) and name not in IGNORED}
+    along = (name in ALONG_TOKENS and value.shape[1] == batch.tokens for name, value in tables.items())
+    return batch.padded and all(along)
+
+
+def by_length(batch: Batch, rows: Sequence[int], part_cost: int, most: int) -> list[tuple[list[int], int]]:
     """Divide examples into parts of like length, each with the tokens that it is to be padded to.
 
-    Together they cost least, where a part costs ``part_cost`` tokens besides those of its examples and their padding.
-    A batch whose arguments are not all along the tokens, so that they could not be cut, stays in one part: (rows, 0).
+    Together they cost least, where a part costs ``part_cost`` tokens besides those of its examples and their padding;
+    then those of more than ``most`` examples are cut. A batch that cannot be cut stays in one part: (rows, 0).
     """
-    tables = {name: value for name, value in batch.inputs.items() if _is_table(value) and name not in IGNORED}
-    if not batch.padded or any(
-        name not in ALONG_TOKENS or value.shape[1] != batch.tokens for name, value in tables.items()
-    ):
+    if not can_be_cut(batch):
         return [(list(rows), 0)]
     ordered = sorted(rows, key=lambda row: batch.lengths[row])
     lengths = [batch.lengths[row] for row in ordered]
@@ -151,7 +155,8 @@ def by_length(batch: Batch, rows: Sequence[int], part_cost: int) -> list[tuple[l
     end = len(ordered)
     while end:
         first = best[end][1]
-        parts.append((ordered[first:end], lengths[end - 1]))
+        for last in range(end, first, -most):
+            parts.append((ordered[max(first, last - most) : last], lengths[last - 1]))
         end = first
     return parts[::-1]
 

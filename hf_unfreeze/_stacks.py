@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ._activations import Activations, blank
+from ._activations import Activations, Forward, blank
 from ._exact import gradient_source
 from ._keys import Batch
 from ._prefix import Prefix, Run
@@ -39,6 +39,7 @@ class Stack:
         self.prefix, self.activations = prefix, activations
         self.boundary = 0
         self.off = False
+        self.fill: Callable[[Batch, Forward], None] | None = None  # what takes a batch in place of the host
         self.problem = ""
         self.trust: dict[str, Trust] = {}
 

@@ -39,6 +39,10 @@ class Store(Protocol):
     def nbytes(self) -> int:
         """Bytes in use."""
 
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes to keep."""
+
 
 def free_memory() -> int:
     """Return the bytes of memory that are free, by the operating system; 8 GiB where it does not say."""
@@ -107,6 +111,11 @@ class DiskStore:
     def nbytes(self) -> int:
         """Bytes in use."""
         return int((self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"])
+
+    @property
+    def max_bytes(self) -> int:
+        """Most bytes to keep."""
+        return int(self._env.info()["map_size"]) - SLACK
 
     def get(self, keys: Sequence[bytes]) -> list[torch.Tensor | None]:
         """Return what is stored under each key, or None; also None where the bytes do not match their checksum."""

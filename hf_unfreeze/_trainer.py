@@ -17,6 +17,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Trainer, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
+from ._ahead import Ahead, holds_all
 from ._plan import model_card_section
 from ._plateau import with_metric
 from ._probe import Probe
@@ -34,6 +35,7 @@ __all__ = [
     "extend_model_card",
     "newest_checkpoint",
     "probe_of",
+    "read_ahead",
     "refuse",
     "restart_patience",
     "show_timeline",
@@ -128,6 +130,16 @@ def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
     except TypeError:  # an iterable dataset has no length
         return None
     return max(-(-batches // args.gradient_accumulation_steps), 1)
+
+
+def read_ahead(args: TrainingArguments, state: TrainerState, dataloader: Any) -> Ahead | None:
+    """Return what the cache may compute before it comes by: all of the data, where this process will see it all."""
+    per_epoch = steps_per_epoch(args, dataloader)
+    until = state.global_step + (per_epoch or 0)
+    if args.world_size > 1 or until > state.max_steps or not holds_all(dataloader, args.train_batch_size):
+        return None
+    at_a_time = max(args.train_batch_size, args.eval_batch_size)
+    return Ahead(dataloader, at_a_time, until, show_progress=not args.disable_tqdm)
 
 
 def _frames() -> Iterator[tuple[Trainer, dict[str, Any]]]:

@@ -21,6 +21,7 @@ from ._trainer import (
     extend_model_card,
     newest_checkpoint,
     probe_of,
+    read_ahead,
     refuse,
     restart_patience,
     show_timeline,
@@ -158,6 +159,8 @@ class UnfreezeCallback(TrainerCallback):
             probe=probe_of(trainer),
             **vars(self._options()),
         )
+        if self.cache is not None and (ahead := read_ahead(args, state, kwargs.get("train_dataloader"))):
+            self.cache.active.ahead = ahead
         if trainer is not None:
             self._attach(trainer)
             self._live = LiveView(trainer, self.unfreezer, self._steps_per_epoch, self.cache)

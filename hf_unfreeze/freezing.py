@@ -142,7 +142,7 @@ class FrozenEval:
         self._train(mode)
         if mode:
             for module, training in self._eval:
-                module.training = training
+                vars(module)["training"] = training  # by nn.Module.__setattr__ it would take 2 % of a cached step
         return self._model
 
     def update(self) -> None:

@@ -175,7 +175,7 @@ def test_no_other_parts_would_cost_less(lengths, part_cost):
 
     mask = (torch.arange(13) < torch.tensor(lengths)[:, None]).long()
     batch = read_batch({"input_ids": torch.ones_like(mask), "attention_mask": mask}, ragged=True)
-    parts = by_length(batch, range(len(lengths)), part_cost)
+    parts = by_length(batch, range(len(lengths)), part_cost, len(lengths))
     assert sorted(row for part, _ in parts for row in part) == list(range(len(lengths)))
     assert all(tokens == max(lengths[row] for row in part) for part, tokens in parts)
     ordered = sorted(lengths)

@@ -1,0 +1,113 @@
+"""Filling the cache before the examples come by, where batches of the run would put padding through frozen blocks.
+
+A batch is padded to its longest example. Here a thousand examples at a time are sorted by length, so that parts of
+almost equal length go through the frozen blocks, as many examples at a time as the run itself gives the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from ._prefix import Reached
+from ._shadow import random_state, set_random_state
+from ._stacks import Stack
+from .schedule import Phase
+
+__all__ = ["Ahead", "fill", "holds_all"]
+
+WINDOW = 1024  # examples that are collated, and sorted, at a time
+PROBED = 4  # examples that are fetched twice, to see whether they come out alike
+
+
+@dataclass
+class Ahead:
+    """The training data of a run, to be gone through once more than its epochs do.
+
+    Args:
+        loader: What the run reads.
+        at_a_time: Examples that the model is given at a time.
+        until: Step before which all of them will have come by.
+        show_progress: Whether a bar says how far it is.
+    """
+
+    loader: Any
+    at_a_time: int
+    until: int
+    show_progress: bool
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return len(self.loader.dataset)
+
+    def batches(self) -> Iterator[Mapping[str, Any]]:
+        """Yield the inputs of a thousand examples at a time; nothing where they come out anew each time."""
+        from tqdm.auto import tqdm
+
+        data, collate = self.loader.dataset, self.loader.collate_fn
+        once, again = (collate([data[index] for index in range(min(PROBED, len(data)))]) for _ in range(2))
+        if _alike(once, again):
+            windows = DataLoader(data, batch_size=WINDOW, collate_fn=collate, num_workers=self.loader.num_workers)
+            yield from tqdm(windows, "frozen-prefix cache", leave=False, disable=not self.show_progress)
+
+
+def holds_all(loader: Any, batch_size: int) -> bool:
+    """Whether an epoch of a loader is all of a data set that can be read by index."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    data: Any = loader.dataset  # + 1: an incomplete last batch may be dropped
+    return hasattr(data, "__len__") and (len(loader) + 1) * batch_size > len(data)
+
+
+def fill(
+    stack: Stack, ahead: Ahead, phases: Sequence[Phase], forward: Callable[..., Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Compute the examples to come up to the lowest boundary under which they will all come by.
+
+    Args:
+        stack: What to fill; its host is run by ``forward``.
+        ahead: The examples.
+        phases: The present and the later ones.
+        forward: The model's.
+        kwargs: What the run has just called it with.
+    """
+    soon = [stack.prefix.boundary_in(phase.trainable) for phase in phases if phase.start < ahead.until]
+    boundary, activations = min([stack.boundary, *soon]), stack.activations
+    if not boundary:
+        return
+    state, done = random_state(stack.prefix.device), 0
+    room, before = activations.store.max_bytes - activations.store.nbytes, activations.written
+    options = {name: value for name, value in kwargs.items() if not _is_batch(value)}
+    stack.fill = functools.partial(activations.fill, boundary, ahead.at_a_time)
+    try:
+        for inputs in ahead.batches():
+            given = {k: v.to(stack.prefix.device) for k, v in inputs.items() if k in kwargs and _is_batch(v)}
+            if given.keys() | options.keys() != kwargs.keys():
+                break  # the run makes its inputs from these in a way of its own
+            with torch.no_grad(), contextlib.suppress(Reached):
+                forward(**options, **given)
+            done += WINDOW
+            if not 0 < (activations.written - before) / done * ahead.examples <= room:
+                break  # all are there already, or have no room: the first would be out before they come by
+    finally:
+        stack.fill = None
+        set_random_state(state, stack.prefix.device)
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two collated batches hold the same values by name."""
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping) or one.keys() != other.keys():
+        return False
+    pairs = [(value, other[name]) for name, value in one.items()]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)

@@ -1,0 +1,162 @@
+"""Filling the cache before the examples come by: less padding through the frozen blocks, and nothing else changes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import EXAMPLES, tiny_bert, tiny_data
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cache import DOWN, SGD, both, pad, ragged_data
+from transformers import Trainer
+
+from hf_unfreeze import FrozenPrefixCache, UnfreezeCallback
+from hf_unfreeze._keys import by_length, read_batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Parts and windows of a size that shows with 28 examples."""
+    monkeypatch.setattr("hf_unfreeze._activations.PART_COST", 4)
+    monkeypatch.setattr("hf_unfreeze._ahead.WINDOW", 12)
+
+
+class Ragged(torch.utils.data.Dataset):
+    """Examples of several lengths, or of one, and how often each is fetched; ``changed`` draws them anew each time."""
+
+    def __init__(self, equal: bool = False, changed: bool = False) -> None:
+        self.rows, self.changed, self.fetched = tiny_data() if equal else ragged_data(), changed, Counter()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        self.fetched[index] += 1
+        row = self.rows[index]
+        return row | {"input_ids": torch.randint_like(row["input_ids"], 3, 50)} if self.changed else row
+
+
+def run(make_trainer, schedule=DOWN, data=None, cache="memory", kind=None, resume=None, **arguments):
+    """Train in fp64 without dropout; return the Trainer, and (examples, tokens) of each call of each block."""
+    model, calls = tiny_bert().double(), {}
+    for index, block in enumerate(model.bert.encoder.layer):
+        seen = calls.setdefault(index, [])
+        block.intermediate.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(tuple(args[0].shape[:2]))
+        )
+    trainer = make_trainer(UnfreezeCallback(schedule, cache=cache), model=model, **(SGD | arguments))
+    trainer.__class__ = kind or Trainer
+    trainer.train_dataset, trainer.data_collator = data or Ragged(), pad
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, calls
+
+
+def test_each_example_goes_once_through_each_block_with_almost_no_padding(make_trainer):
+    data = Ragged()
+    trainer, calls = run(make_trainer, data=data)
+    _, whole = run(make_trainer, cache=None)
+    lowest = calls[0]
+    assert sum(count for count, _ in lowest) == EXAMPLES
+    real = sum(len(row["input_ids"]) for row in data.rows)
+    padded = sum(count * tokens for count, tokens in whole[0][: EXAMPLES // 4])
+    assert sum(count * tokens for count, tokens in lowest) - real < (padded - real) / 2
+    batches = lowest[1:]  # the first is the one that is checked
+    assert trainer.args.train_batch_size < max(count for count, _ in batches) <= trainer.args.eval_batch_size
+    assert set(data.fetched.values()) <= {4, 6}  # three epochs and once ahead, the first few twice more to compare
+
+
+def test_losses_and_weights_are_those_without(make_trainer):
+    plain, _ = run(make_trainer, cache=None)
+    cached, _ = run(make_trainer)
+    for one, other in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_only_passes_saved_count_as_saved(make_trainer):
+    cache = FrozenPrefixCache()
+    run(make_trainer, schedule="head@0", cache=cache)
+    assert (cache.stats.hits, cache.stats.misses) == (2 * EXAMPLES, EXAMPLES)
+
+
+def test_a_phase_that_begins_in_the_first_epoch_is_waited_for(make_trainer):
+    """Up to the block that opens at step 3 every example is needed; above, only those of the first three steps."""
+    _, calls = run(make_trainer, schedule="head@0, block[-1]@3step")
+    assert sum(count for count, _ in calls[2]) == EXAMPLES
+    assert sum(count for count, _ in calls[3]) == 3 * EXAMPLES  # 3 batches of 4 frozen, then as in every run
+
+
+class Renames(Trainer):
+    """Hands its model other inputs than those of the data."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        ids = inputs.pop("input_ids")
+        return model(inputs_embeds=model.get_input_embeddings()(ids), **inputs).loss
+
+
+class Subset(Trainer):
+    """An epoch of this is a third of the data."""
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.RandomSampler(self.train_dataset, num_samples=EXAMPLES // 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "fetched"),
+    [
+        ({"data": Ragged(changed=True)}, EXAMPLES * 3 + 8),
+        ({"data": Ragged(equal=True)}, EXAMPLES * 3),
+        ({"max_steps": 6}, EXAMPLES),  # accelerate fetches a batch too many
+        ({"kind": Subset}, 3 * (EXAMPLES // 3)),
+        ({"schedule": "head@0, all@2step"}, EXAMPLES * 3),
+        ({"cache": FrozenPrefixCache(max_bytes=6000)}, EXAMPLES * 3 + 8 + 12),
+    ],
+    ids=["drawn anew", "no padding", "less than an epoch", "a third of the data", "opened soon", "too small a store"],
+)
+def test_not_where_it_would_be_for_nothing(make_trainer, options, fetched):
+    data = options.get("data", Ragged())
+    run(make_trainer, **({"data": data} | options))
+    assert sum(data.fetched.values()) == fetched
+
+
+def test_a_trainer_that_makes_other_inputs(make_trainer):
+    plain, _ = run(make_trainer, kind=Renames, cache=None)
+    cached, _ = run(make_trainer, kind=Renames)
+    for one, other in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_random_numbers_are_those_without(make_trainer):
+    """What is drawn anew each time is drawn alike, although a few examples were looked at before."""
+    plain, cached, _ = both(make_trainer, DOWN, data=Ragged(changed=True), collator=pad, **SGD)
+    for one, other in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_resumed_run_fills_again_and_ends_alike(make_trainer, tmp_path):
+    whole, _ = run(make_trainer, save_strategy="steps", save_steps=3)
+    again, calls = run(
+        make_trainer, output_dir=str(tmp_path / "again"), resume=str(tmp_path / "run" / "checkpoint-9")
+    )  # fmt: skip
+    assert sum(count for count, _ in calls[0]) == EXAMPLES
+    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_shared_on_the_disk_it_is_computed_once(make_trainer, tmp_path):
+    for expected in (EXAMPLES, 4):  # the batch of the first check
+        cache = FrozenPrefixCache("disk", folder=tmp_path / "cache")
+        _, calls = run(make_trainer, schedule="head@0", cache=cache)
+        assert sum(count for count, _ in calls[0]) == expected
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=30), st.integers(1, 7))
+def test_no_part_is_larger_than_allowed(lengths, most):
+    mask = (torch.arange(13) < torch.tensor(lengths)[:, None]).long()
+    batch = read_batch({"input_ids": torch.ones_like(mask), "attention_mask": mask}, ragged=True)
+    parts = by_length(batch, range(len(lengths)), 4, most)
+    assert sorted(row for part, _ in parts for row in part) == list(range(len(lengths)))
+    assert all(len(part) <= most and tokens == max(lengths[row] for row in part) for part, tokens in parts)
