@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,9 +74,11 @@ METHODS = [
 
 
 class Clock(TrainerCallback):
-    """Seconds of each epoch, of the wall and of all processors, and its peak of memory."""
+    """Seconds of each epoch, of the wall and of all processors, its peak of memory, and what share of blocks train."""
 
     def __init__(self) -> None:
+        self.blocks: list[list[nn.Parameter]] = []
+        self.open: list[float] = []
         self.wall: list[float] = []
         self.cpu: list[float] = []
         self.memory: list[int] = []
@@ -88,6 +91,13 @@ class Clock(TrainerCallback):
         self.wall.append(time.perf_counter() - self._start[0])
         self.cpu.append(time.process_time() - self._start[1])
         self.memory.append(peak())
+        self.open.append(statistics.mean(any(p.requires_grad for p in block) for block in self.blocks))
+
+    def follow(self, model: nn.Module) -> None:
+        """Look at the blocks of this model."""
+        named = dict(model.named_parameters())
+        groups = [group for group in layer_groups(model) if "block[" in group.name]
+        self.blocks = [[named[name] for name in group.parameter_names] for group in groups]
 
 
 def forget_peak() -> None:
@@ -122,6 +132,7 @@ def trainer_of(
         **task.arguments,
     }
     model = method.change(task.load())
+    clock.follow(model)
     ours = [UnfreezeCallback(**method.options)] if method.options and method.needs != PEER else []
     trainer: Trainer = task.trainer(
         model=model,
@@ -152,6 +163,7 @@ def train(task: Task, method: Method, epochs: int, rate: float, seed: int, folde
         "wall": clock.wall,
         "cpu": clock.cpu,
         "memory": clock.memory,
+        "open": clock.open,
         "loss": loss,
         "quality": trainer.evaluate()[f"eval_{task.metric}"],
         "optimizer_bytes": sum(v.nbytes for entry in state for v in entry.values() if isinstance(v, torch.Tensor)),

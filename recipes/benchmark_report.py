@@ -29,6 +29,7 @@ class Row(NamedTuple):
     qualities: list[float]
     seconds: list[float]  # of a whole run, without evaluation
     each_epoch: list[float]
+    open: list[float]  # share of the blocks that train at the end of each epoch
     optimizer_bytes: int
     peak_bytes: int  # of the process, or of the GPU
 
@@ -53,6 +54,7 @@ def rows_of(runs: Sequence[Run], task: str, better: int, clock: str) -> list[Row
                 [run["quality"] for run in members],
                 [sum(run[clock]) for run in members],
                 [statistics.median(epoch) for epoch in zip(*(run[clock] for run in members), strict=True)],
+                members[0]["open"],
                 members[0]["optimizer_bytes"],
                 int(statistics.median(max(run["memory"]) for run in members)),
             )
@@ -67,13 +69,17 @@ def fastest_equal(rows: Sequence[Row], method: str, target: float, better: int) 
 
 
 def table(rows: Sequence[Row], better: int) -> str:
-    """Write the rows as Markdown; seconds are also given as a share of full fine-tuning's at its best."""
+    """Write the rows as Markdown; seconds are also given as a share of full fine-tuning's at its best.
+
+    Beside those of each epoch stands what k of n blocks would take of one of full fine-tuning's if the rest were free.
+    """
     best = max((row for row in rows if row.method == FULL), key=lambda row: better * row.quality, default=rows[0])
-    measure = statistics.median(best.seconds)
-    lines = [
-        "| method | epochs | rate | mean | each seed | seconds | of full | each epoch | optimizer MB | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    measure, epoch = statistics.median(best.seconds), statistics.median(best.each_epoch)
+    columns = (
+        "method, epochs, rate, mean, each seed, seconds, of full, each epoch, k/n of full's, optimizer MB, peak MB"
+    )
+    names = columns.split(", ")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for row in rows:
         seconds = statistics.median(row.seconds)
         cells = [
@@ -84,7 +90,8 @@ def table(rows: Sequence[Row], better: int) -> str:
             " ".join(f"{quality:.3f}" for quality in row.qualities),
             f"{seconds:.0f}",
             f"{seconds / measure:.2f}",
-            " ".join(f"{epoch:.3g}" for epoch in row.each_epoch),
+            " ".join(f"{seconds:.3g}" for seconds in row.each_epoch),
+            " ".join(f"{share * epoch:.3g}" for share in row.open),
             f"{row.optimizer_bytes / 1e6:.1f}",
             f"{row.peak_bytes / 1e6:.0f}",
         ]

@@ -24,7 +24,7 @@ pytestmark = [
 def entry(method, epochs, seed, rate, quality, seconds):
     of = {"task": "text", "method": method, "epochs": epochs, "seed": seed, "rate": rate}
     return {**of, "quality": quality, "wall": [seconds] * epochs, "cpu": [0.0] * epochs, "memory": [2_000_000] * epochs,
-            "optimizer_bytes": 0}  # fmt: skip
+            "open": [0.5] * epochs, "optimizer_bytes": 0}  # fmt: skip
 
 
 RUNS = [
@@ -53,6 +53,7 @@ def test_time_at_equal_quality_is_of_the_shortest_run_within_the_margin():
     assert fastest_equal(rows, "head", 0.745, 1) is None
     text = table(rows, 1)
     assert "* half: 0.40" in text and "* head: not reached" in text
+    assert "| 20 20 | 25 25 |" in text  # seconds of each epoch, and half of full fine-tuning's 50
 
 
 def test_the_peer_gets_the_same_phases():
@@ -72,6 +73,11 @@ def test_every_method_on_text_then_nothing_again(tmp_path, monkeypatch, capsys):
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert {run["method"] for run in runs} == {method.name for method in METHODS}
     assert len(runs) == 2 * len(METHODS)
+    assert {run["method"]: run["open"] for run in runs if run["seed"] == 0} | {
+        "full fine-tuning": [1.0], "upper half, cache": [0.5], "LoRA": [1.0, 1.0], "layer decay 0.8": [1.0, 1.0],
+        "linear probing, cache": [0.0] * 10, "LP-FT, cache": [1.0, 1.0], "upper half, frozen by hand": [0.5, 0.5],
+        "a block an epoch, finetuning-scheduler": [0.0, 1 / 6, 2 / 6],
+    } == {run["method"]: run["open"] for run in runs if run["seed"] == 0}  # fmt: skip
     assert "## text: 32 examples" in (tmp_path / "benchmark.md").read_text()
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("frontier.png", "epochs.png"))
     monkeypatch.setattr(benchmark, "train", lambda *of: pytest.fail("a run on record ran again"))
