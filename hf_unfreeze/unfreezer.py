@@ -12,8 +12,6 @@ import torch
 from torch import nn
 
 from ._adapters import eligible_groups
-from ._checkpointing import Checkpointing
-from ._compiling import GraphLimit
 from ._coverage import (
     check_optimizer,
     claim,
@@ -25,9 +23,9 @@ from ._coverage import (
     without_frozen,
 )
 from ._decisions import decisions_of
+from ._followers import followers_of
 from ._kept import BestWeights, Kept, Pretrained
-from ._options import HALVES, Options, whole_number
-from ._precision import PrefixPrecision
+from ._options import Options, whole_number
 from ._probe import Probe, Prober
 from ._rates import Multipliers
 from ._resume import Memory
@@ -35,11 +33,11 @@ from ._transition import Transition, announcement
 from .cache import FrozenPrefixCache, recommended
 from .distributed import of_rank_0, process_followers, refuse_wrappers, unwrap
 from .errors import UnfreezeError
-from .freezing import Follower, FrozenEval, apply_trainable
+from .freezing import Follower, apply_trainable
 from .groups import layer_groups
-from .optim import DropState, GroupRates, OffloadState, raw_optimizer
+from .optim import GroupRates, raw_optimizer
 from .optim import group_weight_decay as group_weight_decay_of
-from .regularization import Pull, RaisedDropout
+from .regularization import Pull
 from .schedule import Phase, Schedule, parse_schedule, spec_of
 
 __all__ = ["Probe", "Transition", "Unfreezer"]
@@ -174,22 +172,10 @@ class Unfreezer:
         group_of = {id(p): group.name for group, parameters in self._members for p in parameters}
         decays = group_weight_decay_of(options.group_weight_decay, self.groups)
         self._rates = GroupRates(self.optimizer, group_of, self._factors, decays)
-        self._followers.append(self._rates)
         members = {name: named[name] for group in self.groups for name in group.parameter_names}
-        self._followers += [Checkpointing(root), GraphLimit()]
-        if options.frozen_eval:
-            self._followers.append(FrozenEval(root, members.values()))
-        if options.pull:
-            self.pull = Pull(self.optimizer, members, self._rates.of_parameters, options.pull)
-            self._followers.append(self.pull)
-        if options.dropout:
-            self._followers.append(RaisedDropout(root, options.dropout))
-        if options.drop_state:
-            self._followers.append(DropState(self.optimizer, members.values()))
-        if options.offload_state:
-            self._followers.append(OffloadState(self.optimizer, members.values()))
-        if options.prefix_dtype:
-            self._followers.append(PrefixPrecision(root, HALVES[options.prefix_dtype]))
+        for follower in followers_of(options, root, self.optimizer, members, self._rates):
+            self._followers.append(follower)  # one by one: if the next cannot be made, this is closed
+        self.pull = next((follower for follower in self._followers if isinstance(follower, Pull)), None)
         if self.decisions.keeps_best:
             self.best = BestWeights(members, root.named_buffers())
             self._followers.append(self.best)
