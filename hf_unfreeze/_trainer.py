@@ -136,9 +136,10 @@ def read_ahead(args: TrainingArguments, state: TrainerState, dataloader: Any) ->
     """Return what the cache may compute before it comes by: all of the data, where this process will see it all."""
     per_epoch = steps_per_epoch(args, dataloader)
     until = state.global_step + (per_epoch or 0)
-    if args.world_size > 1 or until > state.max_steps or not holds_all(dataloader, args.train_batch_size):
+    fits = state.train_batch_size or args.train_batch_size  # less than asked for under auto_find_batch_size
+    if args.world_size > 1 or until > state.max_steps or not holds_all(dataloader, fits):
         return None
-    at_a_time = max(args.train_batch_size, args.eval_batch_size)
+    at_a_time = fits if args.auto_find_batch_size else max(fits, args.eval_batch_size)
     return Ahead(dataloader, at_a_time, until, show_progress=not args.disable_tqdm)
 
 
