@@ -23,6 +23,7 @@ from .schedule import Phase
 __all__ = ["Ahead", "fill", "holds_all"]
 
 WINDOW = 1024  # examples that are collated, and sorted, at a time
+AS_IN_THE_RUN = ("collate_fn", "num_workers", "worker_init_fn", "multiprocessing_context")
 PROBED = 4  # examples that are fetched twice, to see whether they come out alike
 
 
@@ -51,10 +52,12 @@ class Ahead:
         """Yield the inputs of a thousand examples at a time; nothing where they come out anew each time."""
         from tqdm.auto import tqdm
 
-        data, collate = self.loader.dataset, self.loader.collate_fn
-        once, again = (collate([data[index] for index in range(min(PROBED, len(data)))]) for _ in range(2))
+        data = self.loader.dataset
+        alike = {name: getattr(self.loader, name) for name in AS_IN_THE_RUN}
+        few = range(min(PROBED, len(data)))
+        once, again = (alike["collate_fn"]([data[index] for index in few]) for _ in range(2))
         if _alike(once, again):
-            windows = DataLoader(data, batch_size=WINDOW, collate_fn=collate, num_workers=self.loader.num_workers)
+            windows = DataLoader(data, batch_size=WINDOW, **alike)
             yield from tqdm(windows, "frozen-prefix cache", leave=False, disable=not self.show_progress)
 
 

@@ -69,9 +69,11 @@ def test_each_example_goes_once_through_each_block_with_almost_no_padding(make_t
     assert set(data.fetched.values()) <= {4, 6}  # three epochs and once ahead, the first few twice more to compare
 
 
-def test_losses_and_weights_are_those_without(make_trainer):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_losses_and_weights_are_those_without(make_trainer, workers):
     plain, _ = run(make_trainer, cache=None)
-    cached, _ = run(make_trainer)
+    cached, calls = run(make_trainer, dataloader_num_workers=workers)
+    assert sum(count for count, _ in calls[0]) == EXAMPLES
     for one, other in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
