@@ -33,12 +33,14 @@ class Ahead:
 
     Args:
         loader: What the run reads.
+        prepare: Puts what comes out of it where the model is.
         at_a_time: Examples that the model is given at a time.
         until: Step before which all of them will have come by.
         show_progress: Whether a bar says how far it is.
     """
 
     loader: Any
+    prepare: Callable[[Any], Mapping[str, Any]]
     at_a_time: int
     until: int
     show_progress: bool
@@ -58,7 +60,8 @@ class Ahead:
         once, again = (alike["collate_fn"]([data[index] for index in few]) for _ in range(2))
         if _alike(once, again):
             windows = DataLoader(data, batch_size=WINDOW, **alike)
-            yield from tqdm(windows, "frozen-prefix cache", leave=False, disable=not self.show_progress)
+            shown = tqdm(windows, "frozen-prefix cache", leave=False, disable=not self.show_progress)
+            yield from map(self.prepare, shown)
 
 
 def holds_all(loader: Any, batch_size: int) -> bool:
@@ -91,7 +94,7 @@ def fill(
     stack.fill = functools.partial(activations.fill, boundary, ahead.at_a_time)
     try:
         for inputs in ahead.batches():
-            given = {k: v.to(stack.prefix.device) for k, v in inputs.items() if k in kwargs and _is_batch(v)}
+            given = {name: value for name, value in inputs.items() if name in kwargs and _is_batch(value)}
             if given.keys() | options.keys() != kwargs.keys():
                 break  # the run makes its inputs from these in a way of its own
             with torch.no_grad(), contextlib.suppress(Reached):

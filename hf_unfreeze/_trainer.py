@@ -132,15 +132,18 @@ def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
     return max(-(-batches // args.gradient_accumulation_steps), 1)
 
 
-def read_ahead(args: TrainingArguments, state: TrainerState, dataloader: Any) -> Ahead | None:
+def read_ahead(trainer: Trainer | None, state: TrainerState, dataloader: Any) -> Ahead | None:
     """Return what the cache may compute before it comes by: all of the data, where this process will see it all."""
+    if trainer is None:
+        return None
+    args = trainer.args
     per_epoch = steps_per_epoch(args, dataloader)
     until = state.global_step + (per_epoch or 0)
     fits = state.train_batch_size or args.train_batch_size  # less than asked for under auto_find_batch_size
     if args.world_size > 1 or until > state.max_steps or not holds_all(dataloader, fits):
         return None
     at_a_time = fits if args.auto_find_batch_size else max(fits, args.eval_batch_size)
-    return Ahead(dataloader, at_a_time, until, show_progress=not args.disable_tqdm)
+    return Ahead(dataloader, trainer._prepare_inputs, at_a_time, until, show_progress=not args.disable_tqdm)
 
 
 def _frames() -> Iterator[tuple[Trainer, dict[str, Any]]]:

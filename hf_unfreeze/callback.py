@@ -159,7 +159,7 @@ class UnfreezeCallback(TrainerCallback):
             probe=probe_of(trainer),
             **vars(self._options()),
         )
-        if self.cache is not None and (ahead := read_ahead(args, state, kwargs.get("train_dataloader"))):
+        if self.cache is not None and (ahead := read_ahead(trainer, state, kwargs.get("train_dataloader"))):
             self.cache.active.ahead = ahead
         if trainer is not None:
             self._attach(trainer)

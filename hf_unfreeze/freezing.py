@@ -133,21 +133,28 @@ class FrozenEval:
         self._model = model
         self._governed = {id(parameter) for parameter in parameters}
         self._eval: list[tuple[nn.Module, bool]] = []  # as their eval() left them: cheaper than eval() at each step
+        self._after: list[tuple[nn.Module, bool]] = []  # every mode as the last train() left it
         self._shadowed: Callable[..., nn.Module] | None = model.__dict__.get("train")
+        own = type(model).train.__module__.partition(".")[0]
+        self._plain = self._shadowed is None and own in ("torch", "transformers")  # sets modes and does no more
         self._modes = [(module, module.training) for module in model.modules()]
         self._train = model.train
         object.__setattr__(model, "train", self)
 
     def __call__(self, mode: bool = True) -> nn.Module:
+        if mode and self._after and all(module.training is training for module, training in self._after):
+            return self._model  # nothing to do, and doing it would take a twelfth of a cached step
         self._train(mode)
         if mode:
             for module, training in self._eval:
-                vars(module)["training"] = training  # by nn.Module.__setattr__ it would take 2 % of a cached step
+                module.training = training
+            self._after = [(module, module.training) for module in self._model.modules()] if self._plain else []
         return self._model
 
     def update(self) -> None:
         """Find the largest modules that have such parameters, all of them frozen, and what stands between them."""
         frozen = [*largest_modules(self._model, self._is_frozen), *self._between(self._model)]
+        self._after = []
         self._eval = [(module, module.training) for top in frozen for module in top.eval().modules()]
         if self._model.training:
             self(True)

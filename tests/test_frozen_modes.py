@@ -190,3 +190,15 @@ def test_a_train_method_on_the_instance_is_put_back():
     assert seen and not model.bert.encoder.training and model.classifier.training
     unfreezer.close()
     assert vars(model)["train"] is own
+
+
+def test_a_mode_that_was_changed_in_between_is_set_again():
+    model = tiny_bert()
+    unfreezer = Unfreezer(model, torch.optim.SGD(model.parameters(), lr=0.1), "head@0")
+    unfreezer.step(0)
+    for _ in range(2):
+        model.train()
+        assert model.classifier.training and not any(module.training for module in model.bert.encoder.modules())
+        model.bert.encoder.layer[0].train()
+        model.classifier.eval()
+    unfreezer.close()
