@@ -31,7 +31,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass
 class CacheStats:
-    """Examples found and computed so far; how many were timed, and their seconds; the seconds of looking things up."""
+    """Examples found and computed so far; how many were timed, and their seconds; the seconds of looking things up.
+
+    What was computed ahead counts as found from its second time on: the first saves nothing.
+    """
 
     hits: int = 0
     misses: int = 0

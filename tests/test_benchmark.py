@@ -73,11 +73,13 @@ def test_every_method_on_text_then_nothing_again(tmp_path, monkeypatch, capsys):
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert {run["method"] for run in runs} == {method.name for method in METHODS}
     assert len(runs) == 2 * len(METHODS)
-    assert {run["method"]: run["open"] for run in runs if run["seed"] == 0} | {
+    opened = {run["method"]: run["open"] for run in runs if run["seed"] == 0}
+    expected = {
         "full fine-tuning": [1.0], "upper half, cache": [0.5], "LoRA": [1.0, 1.0], "layer decay 0.8": [1.0, 1.0],
         "linear probing, cache": [0.0] * 10, "LP-FT, cache": [1.0, 1.0], "upper half, frozen by hand": [0.5, 0.5],
         "a block an epoch, finetuning-scheduler": [0.0, 1 / 6, 2 / 6],
-    } == {run["method"]: run["open"] for run in runs if run["seed"] == 0}  # fmt: skip
+    }  # fmt: skip
+    assert {name: opened[name] for name in expected} == expected
     assert "## text: 32 examples" in (tmp_path / "benchmark.md").read_text()
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("frontier.png", "epochs.png"))
     monkeypatch.setattr(benchmark, "train", lambda *of: pytest.fail("a run on record ran again"))

@@ -7,7 +7,7 @@ import math
 
 import pytest
 from conftest import EXAMPLES, hashes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_criteria import opened
 from test_schedule import plan, single, times, towers
@@ -41,7 +41,6 @@ def test_the_spec_is_the_function():
     assert plan("freeze_converged") == [(0, "all")]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 100), times.filter(lambda time: float(time.rstrip("stepn%")) > 0), st.integers(1, 99),
        st.sampled_from(["block", "parameter"]))  # fmt: skip
 def test_schedules_with_criteria_round_trip(percentile, every, batches, per):

@@ -66,7 +66,7 @@ def test_the_spec_is_the_function():
             parse_schedule(text)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(0.001, 9), st.floats(0.001, 1), st.integers(1, 99), st.integers(1, 99))
 def test_round_trip(speed, start, every, batches):
     for schedule in (learn_rates(speed, start, f"{every}%", batches), auto_rates("cka", f"{every}step", batches)):

@@ -61,7 +61,7 @@ def test_shares_of_the_run_by_hand():
     assert plan("freeze_out(0.5, cubed=false)", single(2)[:-1], 10) == [(0, "all"), (5, "block[1]")]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(0.1, 1), st.booleans(), st.booleans(), st.integers(1, 12), st.integers(1, 400))
 def test_every_level_freezes_in_its_turn_at_its_share(first, cubed, scaled, blocks, total):
     schedule = freeze_out(first, cubed, scaled)

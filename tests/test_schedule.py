@@ -212,7 +212,7 @@ entries = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(st.lists(entries, min_size=1, max_size=6).map(",".join), st.integers(1, 500), st.integers(1, 90))
 def test_valid_schedules_round_trip_and_their_phases_are_ordered(spec, total, per_epoch):
     schedule = parse_schedule(spec)
@@ -235,7 +235,6 @@ shares = st.floats(0.01, 1)
 named = st.one_of(st.builds(top, shares), st.builds(freeze_out, shares, st.booleans(), st.booleans()))
 
 
-@settings(deadline=None)
 @given(named, st.integers(1, 500))
 def test_named_schedules_round_trip_and_their_phases_are_ordered(schedule, total):
     assert parse_schedule(str(schedule)) == schedule and hash(parse_schedule(str(schedule))) == hash(schedule)
@@ -266,7 +265,7 @@ def damaged(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None)
+@settings(max_examples=10_000)
 @given(st.one_of(damaged(), st.text(alphabet="headblockl[]:-@0123.%step, ()=gradu", max_size=30)))
 def test_any_text_parses_or_is_refused(text):
     try:
