@@ -132,13 +132,11 @@ def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
     return max(-(-batches // args.gradient_accumulation_steps), 1)
 
 
-def read_ahead(trainer: Trainer | None, state: TrainerState, dataloader: Any) -> Ahead | None:
+def read_ahead(trainer: Trainer | None, state: TrainerState, dataloader: Any, per_epoch: int | None) -> Ahead | None:
     """Return what the cache may compute before it comes by: all of the data, where this process will see it all."""
-    if trainer is None:
+    if trainer is None or per_epoch is None:
         return None
-    args = trainer.args
-    per_epoch = steps_per_epoch(args, dataloader)
-    until = state.global_step + (per_epoch or 0)
+    args, until = trainer.args, state.global_step + per_epoch
     fits = state.train_batch_size or args.train_batch_size  # less than asked for under auto_find_batch_size
     if args.world_size > 1 or until > state.max_steps or not holds_all(dataloader, fits):
         return None

@@ -159,8 +159,9 @@ class UnfreezeCallback(TrainerCallback):
             probe=probe_of(trainer),
             **vars(self._options()),
         )
-        if self.cache is not None and (ahead := read_ahead(trainer, state, kwargs.get("train_dataloader"))):
-            self.cache.active.ahead = ahead
+        if self.cache is not None:
+            loader = kwargs.get("train_dataloader")
+            self.cache.active.ahead = read_ahead(trainer, state, loader, self._steps_per_epoch)
         if trainer is not None:
             self._attach(trainer)
             self._live = LiveView(trainer, self.unfreezer, self._steps_per_epoch, self.cache)

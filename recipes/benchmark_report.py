@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 MARGIN = 0.005  # of the metric: what counts as equal
 FULL = "full fine-tuning"
+COLUMNS = ["method", "epochs", "rate", "mean", "each seed", "seconds", "of full", "each epoch", "k/n of full's",
+           "optimizer MB", "peak MB"]  # fmt: skip
 
 Run = dict[str, Any]
 
@@ -75,11 +77,7 @@ def table(rows: Sequence[Row], better: int) -> str:
     """
     best = max((row for row in rows if row.method == FULL), key=lambda row: better * row.quality, default=rows[0])
     measure, epoch = statistics.median(best.seconds), statistics.median(best.each_epoch)
-    columns = (
-        "method, epochs, rate, mean, each seed, seconds, of full, each epoch, k/n of full's, optimizer MB, peak MB"
-    )
-    names = columns.split(", ")
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for row in rows:
         seconds = statistics.median(row.seconds)
         cells = [

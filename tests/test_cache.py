@@ -59,6 +59,12 @@ def losses(trainer) -> list[float]:
     return [entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry]
 
 
+def assert_close_weights(one, other, rtol=0, atol=1e-10) -> None:
+    """By default what fp64 leaves of rounding."""
+    for weights, others in zip(one.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(weights, others, rtol=rtol, atol=atol)
+
+
 def both(make_trainer, schedule, model=tiny_bert, data=None, collator=None, cache=None, **arguments):
     """Train without and with a cache; return the two Trainers and the cache."""
     trainers = []
@@ -129,8 +135,7 @@ def test_padding_to_different_lengths(make_trainer):
     """The activation of an example is the same in batches of every length, but for rounding: 1e-10 in fp64."""
     arguments = {"data": ragged_data(), "collator": pad, "num_train_epochs": 4, **SGD}
     plain, cached, cache = both(make_trainer, DOWN, model=lambda: tiny_bert().double(), **arguments)
-    for one, other in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert_close_weights(plain, cached)
     assert (cache.stats.hits, cache.stats.misses) == (3 * EXAMPLES, EXAMPLES)
 
 
@@ -198,8 +203,7 @@ def test_what_is_one_number_for_an_example_goes_with_it():
 def test_padding_on_the_left_belongs_to_the_key(make_trainer):
     arguments = {"data": ragged_data(), "collator": lambda rows: pad(rows, left=True), **SGD}
     plain, cached, cache = both(make_trainer, DOWN, model=lambda: tiny_bert().double(), **arguments)
-    for one, other in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert_close_weights(plain, cached)
     assert cache.stats.misses > EXAMPLES
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import EXAMPLES, tiny_bert, tiny_data
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cache import DOWN, SGD, both, pad, ragged_data
+from test_cache import DOWN, SGD, assert_close_weights, both, pad, ragged_data
 from transformers import Trainer
 
 from hf_unfreeze import FrozenPrefixCache, UnfreezeCallback
@@ -74,8 +74,7 @@ def test_losses_and_weights_are_those_without(make_trainer, workers):
     plain, _ = run(make_trainer, cache=None)
     cached, calls = run(make_trainer, dataloader_num_workers=workers)
     assert sum(count for count, _ in calls[0]) == EXAMPLES
-    for one, other in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert_close_weights(plain, cached)
 
 
 def test_only_passes_saved_count_as_saved(make_trainer):
@@ -127,15 +126,13 @@ def test_not_where_it_would_be_for_nothing(make_trainer, options, fetched):
 def test_a_trainer_that_makes_other_inputs(make_trainer):
     plain, _ = run(make_trainer, kind=Renames, cache=None)
     cached, _ = run(make_trainer, kind=Renames)
-    for one, other in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert_close_weights(plain, cached)
 
 
 def test_random_numbers_are_those_without(make_trainer):
     """What is drawn anew each time is drawn alike, although a few examples were looked at before."""
     plain, cached, _ = both(make_trainer, DOWN, data=Ragged(changed=True), collator=pad, **SGD)
-    for one, other in zip(plain.model.parameters(), cached.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert_close_weights(plain, cached, rtol=1e-4, atol=1e-6)
 
 
 def test_a_resumed_run_fills_again_and_ends_alike(make_trainer, tmp_path):
@@ -144,8 +141,7 @@ def test_a_resumed_run_fills_again_and_ends_alike(make_trainer, tmp_path):
         make_trainer, output_dir=str(tmp_path / "again"), resume=str(tmp_path / "run" / "checkpoint-9")
     )  # fmt: skip
     assert sum(count for count, _ in calls[0]) == EXAMPLES
-    for one, other in zip(whole.model.parameters(), again.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+    assert_close_weights(whole, again)
 
 
 def test_shared_on_the_disk_it_is_computed_once(make_trainer, tmp_path):
