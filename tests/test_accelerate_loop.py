@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate_loop
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
@@ -17,9 +18,6 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 LAUNCH_FILES = sorted((RECIPES / "launch").glob("*.yaml"))
 # `accelerate launch` without the other commands of accelerate: one of them imports timm, where that is installed
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-sys.path.insert(0, str(RECIPES))
-
-import accelerate_loop  # noqa: E402
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SHORT = ["--per_device_train_batch_size", "2", "--schedule", "head@0, block[-1]@2step, all@1ep"]

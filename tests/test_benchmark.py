@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
 import benchmark
+import pytest
 from benchmark_methods import METHODS
 from benchmark_report import best_rate, fastest_equal, rows_of, table
 from conftest import tiny_bert

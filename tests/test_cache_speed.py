@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
 import cache_speed
+import pytest
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning"),

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import decision_runs
 import pytest
 from test_distributed import TWO_CPUS, children
-
-sys.path.insert(0, str(Path(__file__).parent / "launched"))
-
-import decision_runs
 
 pytestmark = pytest.mark.slow
 

@@ -10,17 +10,15 @@ import warnings
 from pathlib import Path
 
 import pytest
+import shared
 import torch
+import trainer_runs
+
+from hf_unfreeze import layer_groups, parse_schedule
+from hf_unfreeze._scale import scale_rows
 
 LAUNCHED = Path(__file__).parent / "launched"
 LAUNCH_FILES = Path(__file__).parent.parent / "recipes" / "launch"
-sys.path.insert(0, str(LAUNCHED))
-
-import shared  # noqa: E402
-import trainer_runs  # noqa: E402
-
-from hf_unfreeze import layer_groups, parse_schedule  # noqa: E402
-from hf_unfreeze._scale import scale_rows  # noqa: E402
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 # `accelerate launch` without the other commands of accelerate: one of them imports timm, where that is installed

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
+import run
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-sys.path.insert(0, str(NOTEBOOKS))
-
-import run  # noqa: E402
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 every = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])

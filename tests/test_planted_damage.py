@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import planted_damage
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-import planted_damage
 
 from hf_unfreeze import criteria
 

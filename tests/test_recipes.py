@@ -8,19 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
+import embedded
 import pytest
+import tables
+import text_classification
 import torch
 from transformers import TrainingArguments
 
 from hf_unfreeze import UnfreezeArguments
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import common  # noqa: E402
-import embedded  # noqa: E402
-import tables  # noqa: E402
-import text_classification  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning"),

@@ -11,6 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import embedded
+import embedded_images
+import image_classification
 import numpy as np
 import pytest
 import torch
@@ -18,11 +21,6 @@ from PIL import Image
 from transformers import AutoModel, ViTConfig, ViTForImageClassification
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import embedded  # noqa: E402
-import embedded_images  # noqa: E402
-import image_classification  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning"),

@@ -8,20 +8,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import audio
+import audio_classification
+import embedded_speech
 import numpy as np
 import pytest
+import scores
 import soundfile
+import speech_recognition
 import torch
 from transformers import AutoTokenizer
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import audio  # noqa: E402
-import audio_classification  # noqa: E402
-import embedded_speech  # noqa: E402
-import scores  # noqa: E402
-import speech_recognition  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning"),

@@ -10,9 +10,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import causal_lm
+import continual
+import embedded
 import numpy as np
 import pytest
+import scores
+import summarization
+import token_classification
 import torch
+from test_recipes import LEFT
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -20,16 +27,6 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-import causal_lm
-import continual
-import embedded
-import scores
-import summarization
-import token_classification
-from test_recipes import LEFT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning"),

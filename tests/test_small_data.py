@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import datasets
 import pytest
+import small_data
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-import small_data
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),  # Trainer's default
