@@ -22,7 +22,7 @@ class UnfreezeArguments:
     schedule: str | None = field(
         default=None,
         metadata={
-            "help": "What trains when: 'head@0, block[-4:]@1ep, all@50%' or a named schedule. Left out, "
+            "help": "What trains when: 'head@0, block[-4:]@1ep, all@50%%' or a named schedule. Left out, "
             f"{RECOMMENDED} and, on a CPU, the cache in memory."
         },
     )
@@ -30,7 +30,7 @@ class UnfreezeArguments:
         default="1.0", metadata={"help": "Factor on the rate from each level to the one below it: 0.9, or 0.35->1.0."}
     )
     block_warmup: str | None = field(
-        default=None, metadata={"help": "Time over which a newly opened group warms up: 50step, 0.1ep or 2%."}
+        default=None, metadata={"help": "Time over which a newly opened group warms up: 50step, 0.1ep or 2%%."}
     )
     frozen_eval: bool = field(
         default=True, metadata={"help": "Run frozen modules in eval mode (no dropout, BatchNorm statistics at rest)."}

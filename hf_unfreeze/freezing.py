@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import dropwhile, filterfalse
 from typing import Protocol
 
 from torch import nn
@@ -126,7 +127,8 @@ class FrozenEval:
 
     Args:
         model: The model without wrappers.
-        parameters: Those that open and close; a module without any, as in the base of a PEFT model, is left alone.
+        parameters: Those that open and close; a module without any, as in the base of a PEFT model, goes with those
+            beside it.
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -169,16 +171,21 @@ class FrozenEval:
             module.training = mode
 
     def _between(self, module: nn.Module) -> Iterator[nn.Module]:
-        """Modules without parameters, registered between frozen ones: the dropout below GPT-2's frozen blocks."""
+        """Modules with nothing to open, beside frozen ones: the dropout below GPT-2's blocks, the embeddings in LoRA.
+
+        One without parameters has to lie between two with frozen ones: random augmentation at the bottom stays on.
+        """
         waiting: list[nn.Module] = []
         below: bool | None = None  # whether all before is frozen; None: there is nothing before
         for child in module.children():
             flags = self._flags(child.parameters())
             if not flags:
-                waiting += [] if any(True for _ in child.parameters()) else [child]
+                waiting.append(child)
                 continue
-            if below and not flags[0]:
-                yield from waiting
+            if below is not False and not flags[0]:
+                yield from waiting if below else dropwhile(_is_bare, waiting)
+            elif below:
+                yield from filterfalse(_is_bare, waiting)
             if any(flags) and not all(flags):
                 yield from self._between(child)
             below = below is not False and not any(flags)
@@ -190,3 +197,7 @@ class FrozenEval:
     def _is_frozen(self, parameters: Sequence[nn.Parameter]) -> bool:
         flags = self._flags(parameters)
         return bool(flags) and not any(flags)
+
+
+def _is_bare(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is None

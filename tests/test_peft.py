@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import hashes, tiny_bert, tiny_data
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_unfreeze import UnfreezeCallback, Unfreezer
+from hf_unfreeze import FrozenPrefixCache, UnfreezeCallback, Unfreezer
 from hf_unfreeze.errors import ScheduleError
 
 BERT = {"task_type": "SEQ_CLS"}  # PEFT then trains the classifier too
@@ -81,6 +82,45 @@ def llama():
                          num_key_value_heads=2, num_hidden_layers=3, pad_token_id=0)  # fmt: skip
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     return get_peft_model(LlamaForCausalLM(config), lora)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(n_layer=4, n_embd=16, n_head=2, vocab_size=50, n_positions=8, bos_token_id=0, eos_token_id=0)
+    return get_peft_model(
+        GPT2LMHeadModel(config), LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+
+
+DROPOUTS = {
+    "bert": (lambda: adapted(METHODS["lora"]), ".layer.3."),
+    "bert, not in every block": (lambda: adapted(LoraConfig(**LORA, layers_to_transform=[0, 3])), ".layer.3."),
+    "gpt2": (gpt2, ".h.3."),
+}
+BELOW = (".embeddings.", ".layer.0.", ".layer.1.", ".layer.2.", ".transformer.drop", ".h.0.", ".h.1.", ".h.2.")
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_the_base_below_frozen_adapters_has_no_dropout_and_is_cached(make_trainer, name):
+    make, top = DROPOUTS[name]
+    model, cache = make(), FrozenPrefixCache()
+    trainer = make_trainer(UnfreezeCallback("block[-1]@0, all@11step", cache=cache), model=model, num_train_epochs=3)
+    noisy = []
+    training_step = trainer.training_step
+
+    def watched(model, *args, **kwargs):
+        loss = training_step(model, *args, **kwargs)
+        noisy.append({n for n, module in model.named_modules() if isinstance(module, nn.Dropout) and module.training})
+        return loss
+
+    trainer.training_step = watched
+    if name == "gpt2":
+        trainer.train_dataset = [{**example, "labels": example["input_ids"]} for example in tiny_data()]
+    trainer.train()
+    assert cache.stats.hits > 0
+    assert any(top in module for module in noisy[0])
+    assert not any(part in module for module in noisy[0] for part in BELOW)
+    assert noisy[-1] == {n for n, module in model.named_modules() if isinstance(module, nn.Dropout)}
 
 
 def phases_of(model, schedule):
