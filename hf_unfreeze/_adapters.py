@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from ._quantised import without_quantised
 from .errors import ScheduleError
 from .groups import LayerGroup
 
-__all__ = ["eligible_groups"]
+__all__ = ["adapter_groups", "eligible_groups"]
 
 _MARKS = ("modules_to_save.", "prompt_encoder.", "trainable_tokens_")  # besides the prefix of the method: lora_, ia3_
 
@@ -42,6 +43,21 @@ def eligible_groups(model: nn.Module, groups: Sequence[LayerGroup]) -> tuple[Lay
         *(_part(group, trainable - adapters, "base") for group in groups),
         *(_part(group, adapters, "adapter", height) for group in groups),
     )
+
+
+def adapter_groups(model: nn.Module, groups: Sequence[LayerGroup]) -> tuple[LayerGroup, ...]:
+    """Keep the active adapters of a PEFT model, whatever is trainable now; of another what ``eligible_groups`` keeps.
+
+    Raises:
+        EnvironmentRefused: No gradient would flow, for quantised layers.
+        ScheduleError: Every parameter is quantised.
+    """
+    if not getattr(model, "peft_config", None):
+        return eligible_groups(model, groups)
+    peft: Any = model
+    inactive = set(peft.peft_config) - set(peft.active_adapters)
+    wanted = {name for group in groups for name in group.parameter_names if _is_adapter(model, name)}
+    return tuple(_part(group, {n for n in wanted if not inactive & set(n.split("."))}) for group in groups)
 
 
 def _is_adapter(model: nn.Module, name: str) -> bool:

@@ -79,15 +79,12 @@ def train_everything(phases: Sequence[Phase], groups: Sequence[LayerGroup]) -> b
     return len(phases) == 1 and set(phases[0].trainable) == every and not phases[0].rates
 
 
-def without_frozen(
-    groups: Sequence[LayerGroup], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> tuple[LayerGroup, ...]:
-    """Leave out what the user froze before the optimizer was built, and tell of it: ``all_at_once`` changes nothing."""
-    grouped = [(name, parameters[name]) for group in groups for name in group.parameter_names]
-    names = [name for name, parameter in _absent(optimizer, grouped) if not parameter.requires_grad]
+def without_frozen(groups: Sequence[LayerGroup], parameters: Mapping[str, nn.Parameter]) -> tuple[LayerGroup, ...]:
+    """Leave out what the user froze before, and tell of it: ``all_at_once`` changes nothing."""
+    names = [name for group in groups for name in group.parameter_names if not parameters[name].requires_grad]
     if names:
         warnings.warn(
-            f"{_first_of(names)} had requires_grad=False when the optimizer was built, and stays frozen. "
+            f"{_first_of(names)} had requires_grad=False before training, and stays frozen. "
             "Leave requires_grad alone where it is to train.",
             UserWarning,
             stacklevel=3,

@@ -22,7 +22,8 @@ def unfit(model: nn.Module) -> str:
         hasattr(parameter, "device_mesh") for parameter in model.parameters()
     ):
         return "FSDP gathers weights on all ranks together, and ranks would compute different examples"
-    if torch.cuda.device_count() > 1 and not torch.distributed.is_initialized():
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    if torch.cuda.device_count() > 1 and alone:
         return "DataParallel copies the model for each batch. Launch one process for each GPU"
     config = getattr(model, "config", None)
     if getattr(config, "apply_spec_augment", False) and any(getattr(config, name, 0) for name in AUGMENTS):

@@ -23,8 +23,9 @@ def openings(groups: Sequence[Group], arguments: dict[str, Any]) -> list[frozens
     """List what opens together, from the top: the head, ``blocks`` blocks at a time, the embeddings if wanted."""
     count = arguments["blocks"]
     if not any(BLOCK.fullmatch(group.name) for group in groups):
+        there = ", ".join(group.name for group in groups)
         raise ScheduleError(
-            f"gradual needs blocks, and this model has none (groups: {', '.join(group.name for group in groups)}). "
+            f"the schedule needs blocks, and this model has none (groups: {there}). "
             "Write all_at_once, or give its structure with register_architecture."
         )
     levels: dict[int, list[Group]] = {}  # groups of one level open together
@@ -37,7 +38,7 @@ def openings(groups: Sequence[Group], arguments: dict[str, Any]) -> list[frozens
         names = {group.name for group in members if group.parameter_names}
         if all(group.name == "head" for group in members) or not opened[0]:
             opened[0] |= names  # a head without parameters takes the first blocks with it
-        elif all(group.name == "embeddings" for group in members):
+        elif all(group.name.rpartition(".")[2] == "embeddings" for group in members):
             opened += [names] if arguments["embeddings"] and names else []
         elif names:
             if in_opening == count:
@@ -81,6 +82,8 @@ def _first_opening(groups: Sequence[Group], arguments: dict[str, Any], length: L
 
 def _top_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
     head, *blocks = openings(groups, {"blocks": 1, "embeddings": False})
+    if any(map(BLOCK.fullmatch, head)):  # no parameters of a head's own: the top block stands in its place
+        head, blocks = frozenset(), [head, *blocks]
     count = math.ceil(arguments["share"] * len(blocks) - 1e-9)  # 0.6 * 5 blocks are three, whatever floats say
     return [(Time(Fraction(0)), head.union(*blocks[:count]), False)]
 
@@ -155,7 +158,7 @@ def _turns(blocks: Sequence[str], count: int, order: str, draw: random.Random) -
 
 def multiple(every: Time, number: int, length: Length) -> int:
     """Return the step at ``number`` times a distance; one of 30 % may lie beyond the run four times over."""
-    total = length[0] or 0
+    total = length[0] or 1  # of a run without a step, every share is beyond the end
     if every.unit == "%":
         return math.ceil(every.value * number * total / 100)
     return Time(every.value * number, every.unit).to_step(*length)

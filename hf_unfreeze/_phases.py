@@ -83,7 +83,10 @@ class Schedule:
         """
         log_history = list(log_history)
         entries: list[Entry] = []
-        for record in filter(is_transition, log_history):
+        transitions = list(filter(is_transition, log_history))
+        if transitions and transitions[0]["step"]:  # before it, a run of ``all_at_once`` or without the callback
+            entries.append(Entry.parse("all@0"))
+        for record in transitions:
             step, opened = record["step"], record["unfreeze/trainable"].split(",")
             entries += [Entry.parse(f"-all@{step}step")] if entries and opened != ["all"] else []
             entries += [Entry.parse(f"{selector}@{step}step") for selector in opened]

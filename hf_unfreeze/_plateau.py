@@ -65,10 +65,10 @@ class Plateau:
 
     def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
         """Take note of an evaluation after ``step`` updates; return whether none was better."""
-        self.advance(step - 1)
+        self._decide_until(step - 1)
         if self.metric not in metrics:
-            if self._evaluated < 0:
-                self._others |= set(metrics)
+            start = "eval_" if self.metric.startswith("eval_") else ""  # a Trainer may evaluate on more: train_
+            self._others |= {name for name in metrics if name.startswith(start)}
             return False
         value = metrics[self.metric]
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -112,6 +112,9 @@ class Plateau:
             raise ScheduleError(
                 f"{self.metric!r} was not in the evaluation. It has {', '.join(seen)}.{near_match(self.metric, seen)}"
             )
+        self._decide_until(step)
+
+    def _decide_until(self, step: int) -> None:
         while not self._ended:
             start = self.phases[-1].start
             stale = max(self._evaluated, start + self._at_least, start + 1)

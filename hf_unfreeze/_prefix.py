@@ -95,10 +95,10 @@ class Prefix:
 
     def boundary_in(self, trainable: Sequence[str]) -> int:
         """Return the boundary of a phase: frozen blocks below the lowest trainable group."""
-        if "embeddings" in trainable:
+        opened = {name.removeprefix("adapter.").removeprefix("base.") for name in trainable}  # of a PEFT model
+        if "embeddings" in opened:
             return 0
-        opened = [index for index, name in enumerate(self.group_names) if name in trainable]
-        return min(opened, default=len(self.blocks))
+        return min((index for index, name in enumerate(self.group_names) if name in opened), default=len(self.blocks))
 
     def parts(self) -> list[list[tuple[str, torch.Tensor]]]:
         """Every tensor that decides what the stem computes, then the same for each block."""
@@ -218,7 +218,7 @@ def find_prefixes(model: nn.Module) -> list[Prefix]:
     found = []
     for stack, members in stacks.items():
         lowest = min(group.level or 0 for group in members)
-        paths = _block_paths(model, members)
+        paths = _block_paths(members)
         if not paths or any(top < lowest for other, top in tops.items() if other != stack):
             continue
         host = _host(paths[0], embeddings, paths)
@@ -227,15 +227,12 @@ def find_prefixes(model: nn.Module) -> list[Prefix]:
     return found
 
 
-def _block_paths(model: nn.Module, members: Sequence[LayerGroup]) -> list[str]:
+def _block_paths(members: Sequence[LayerGroup]) -> list[str]:
     """The module of each block: as much of the path as its parameters share, cut where the blocks differ."""
     shared = []
     for group in members:
         parts = [name.split(".")[:-1] for name in group.parameter_names]
-        length = next(
-            (i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), min(map(len, parts))
-        )
-        shared.append(parts[0][:length])
+        shared.append(parts[0][: _differ(parts, min(map(len, parts)))])
     ends = [max((i for i, part in enumerate(path) if part.isdigit()), default=-1) for path in shared]
     if len(shared) > 1:
         ends = [_differ(shared, -1)] * len(shared)

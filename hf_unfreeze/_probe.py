@@ -120,7 +120,7 @@ class Prober:
         tensors = [p for name in names for p in self._members[name].values()]
         device = tensors[0].device
         with _untouched(self._model), flags_lent(tensors):
-            gradients, squares = self._measure(self._probe.train, tensors)
+            gradients, squares, batches = self._measure(self._probe.train, tensors)
             validation = self._measure(self._probe.validation, tensors)[0] if self.criterion.validation else []
             now, then = self._outputs(names)
             parts, first = [], 0
@@ -132,16 +132,16 @@ class Prober:
                 weights, mean = [weight.detach() for weight in tensors[mine]], gradients[mine]
                 steps = [g / (g.abs() + 1e-8) for g in mean] if self._adaptive else mean
                 evidence = Evidence(
-                    name, weights, mean, squares[mine], steps, validation[mine], self.batches,
+                    name, weights, mean, squares[mine], steps, validation[mine], batches,
                     norm, self.norms.get(name, math.nan), now.get(name), then.get(name),
                 )  # fmt: skip
                 with torch.no_grad():
-                    value = float(self.criterion.function(evidence))
+                    value = self._number(self.criterion.function(evidence), name)
                 worth.append(value / sum(weight.numel() for weight in weights) if self._by_size else value)
         agreed = dict(zip(names, _mean_over_ranks(worth, device), strict=True))
         self.norms = dict(zip(names, norms, strict=True))
         known = {name: value for name, value in agreed.items() if math.isfinite(value)}  # JSON has no NaN
-        record = {"unfreeze/criterion": self.name, "unfreeze/worth": known, "unfreeze/batches": self.batches}
+        record = {"unfreeze/criterion": self.name, "unfreeze/worth": known, "unfreeze/batches": batches}
         self.records.append(record | ({"unfreeze/gradient_norms": self.norms} if self.criterion.before else {}))
         return agreed
 
@@ -150,13 +150,21 @@ class Prober:
         if self.pretrained is None:
             return {}, {}
         modules = group_modules(self._model, {name: list(self._members[name]) for name in names})
-        (batch,) = self._probe.train(1)
+        batch = next(iter(self._probe.train(1)))  # there is one: gradients have been measured
         now = outputs_of(modules, lambda: self._probe.loss(self._model, batch))
         with self.pretrained.lent():
             return now, outputs_of(modules, lambda: self._probe.loss(self._model, batch))
 
-    def _measure(self, batches: Any, tensors: Sequence[nn.Parameter]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the mean over batches of the gradient and of its square."""
+    def _number(self, value: Any, name: str) -> float:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise ScheduleError(f"criterion {self.name!r} returned {value!r} for {name}. Return one number.") from None
+
+    def _measure(
+        self, batches: Any, tensors: Sequence[nn.Parameter]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+        """Return the mean over batches of the gradient and of its square, and how many batches there were."""
         means = [torch.zeros_like(p, requires_grad=False) for p in tensors]
         squares = [torch.zeros_like(p, requires_grad=False) for p in tensors]
         count = 0
@@ -169,7 +177,7 @@ class Prober:
                     square += gradient.square()
         if not count:
             raise ScheduleError("found no batch to measure on: the data set has fewer examples than ranks.")
-        return [mean / count for mean in means], [square / count for square in squares]
+        return [mean / count for mean in means], [square / count for square in squares], count
 
 
 @contextlib.contextmanager

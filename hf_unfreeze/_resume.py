@@ -29,6 +29,7 @@ class Memory:
         self._decides = not isinstance(decisions, Timed)
         self._records: list[dict[str, Any]] = []
         self._for_log: list[dict[str, Any]] = []
+        self.loaded = 0  # step of the state that was loaded
         self._complete = not (self._decides or kept)  # whether it holds all that was decided before this step
 
     def note(self, records: Iterable[Mapping[str, Any]], step: int) -> None:
@@ -102,5 +103,6 @@ class Memory:
             )
         for kept in self._kept if state["step"] else ():
             kept.take_over(state["weights"].get(kept.file), f"the state of step {state['step']}")
+        self.loaded = state["step"]
         self._records = [dict(record) for record in state["records"]] if self._decides else []
         self.replay(self._records, state["step"])

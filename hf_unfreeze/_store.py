@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import struct
 import warnings
@@ -10,7 +9,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -50,9 +49,9 @@ def free_memory() -> int:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 8 << 30
+    except OSError:
+        pass  # another system than Linux
+    return 8 << 30
 
 
 class MemoryStore:
@@ -101,10 +100,15 @@ class DiskStore:
             raise UnfreezeError(INSTALL) from None
         self._error: type[Exception] = lmdb.Error
         self.folder = Path(folder).expanduser().resolve() / f"v{VERSION}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._refuse(error)
         self._writes = True
         if self.folder not in _OPEN:
             _OPEN[self.folder] = self._open(lmdb, max_bytes)
+        elif max_bytes is not None:  # for all who share it
+            _OPEN[self.folder].set_mapsize(max_bytes + SLACK)
         self._env = _OPEN[self.folder]
 
     @property
@@ -164,7 +168,10 @@ class DiskStore:
             warnings.warn(f"{path} cannot be read; the cache is begun again", UserWarning, stacklevel=2)
             for name in ("data.mdb", "lock.mdb"):
                 (self.folder / name).unlink(missing_ok=True)
-        raise UnfreezeError(f"{self.folder} cannot hold a cache. Give another folder: cache='disk:FOLDER'.")
+        self._refuse("its file cannot be read")
+
+    def _refuse(self, why: object) -> NoReturn:
+        raise UnfreezeError(f"{self.folder} cannot hold a cache: {why}. Give another folder: cache='disk:FOLDER'.")
 
 
 def _pack(row: torch.Tensor) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -162,7 +163,7 @@ def calling_trainer() -> Trainer | None:
 def checkpoint_resumed() -> Path | None:
     """Return the checkpoint from which the running Trainer resumed: its training loop has it as an argument."""
     found = (variables.get("resume_from_checkpoint") for _, variables in _frames())
-    return next((Path(path) for path in found if isinstance(path, str)), None)
+    return next((Path(path) for path in found if isinstance(path, (str, os.PathLike))), None)
 
 
 def newest_checkpoint(args: TrainingArguments, step: int) -> Path:

@@ -75,14 +75,15 @@ class FrozenPrefixCache:
     ) -> None:
         if store not in ("memory", "disk"):
             raise UnfreezeError(f"cache={store!r}: {ALLOWED}." + near_match(store, ["memory", "disk", "off"]))
-        if max_bytes is not None and max_bytes <= 0:
-            raise UnfreezeError(f"max_bytes={max_bytes}: write a number of bytes above 0, for instance 4 * 2**30.")
+        if max_bytes is not None and (type(max_bytes) is not int or max_bytes <= 0):
+            raise UnfreezeError(f"max_bytes={max_bytes!r}: write a number of bytes above 0, for instance 4 * 2**30.")
         if dtype is not None and dtype not in DTYPES:
             raise UnfreezeError(f"dtype={dtype!r}: write {', '.join(DTYPES)} or None." + near_match(dtype, DTYPES))
         if folder is not None and store != "disk":
             raise UnfreezeError("folder is for the disk store. Write FrozenPrefixCache('disk', folder=…).")
         self.dtype = None if dtype is None else DTYPES[dtype]
         self.stats = CacheStats()
+        self.active: Caching  # once it follows a model
         self.store: Store = (
             MemoryStore(max_bytes or free_memory() // 4)
             if store == "memory"
@@ -124,7 +125,7 @@ class FrozenPrefixCache:
     def follow(
         self, model: nn.Module, upcoming: Callable[[], Sequence[Phase]], prefix_dtype: str | None = None
     ) -> Follower:
-        """Cache for a model from now on; used by ``Unfreezer``.
+        """Start caching for a model; used by ``Unfreezer``.
 
         Args:
             model: The model, without wrappers.

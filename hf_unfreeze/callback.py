@@ -73,7 +73,7 @@ class UnfreezeCallback(TrainerCallback):
         drop_state: Whether the optimizer forgets its state of what is frozen again.
         offload_state: Whether the optimizer's state of what is frozen lies in main memory.
         prefix_dtype: ``"bfloat16"`` or ``"float16"``: what the frozen blocks at the bottom compute in; not exact.
-        reinitialize: Groups whose weights are drawn anew before the first step: ``"block[-2:]"``.
+        reinitialize: Groups whose weights are drawn anew before the first step of every run: ``"block[-2:]"``.
         cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: an example goes through the
             frozen blocks once in the run and not once in an epoch.
 
@@ -146,8 +146,6 @@ class UnfreezeCallback(TrainerCallback):
     def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         trainer = calling_trainer()
-        if self.reinitialize and not state.global_step:
-            draw_anew(model, self.reinitialize, args.seed)
         self._steps_per_epoch = steps_per_epoch(args, kwargs.get("train_dataloader"))
         self.unfreezer = Unfreezer(
             model if trainer is None else trainer.model_wrapped,
@@ -159,6 +157,8 @@ class UnfreezeCallback(TrainerCallback):
             probe=probe_of(trainer),
             **vars(self._options()),
         )
+        if self.reinitialize and not state.global_step:
+            self._draw_anew(model, args.seed)
         if self.cache is not None:
             loader = kwargs.get("train_dataloader")
             self.cache.active.ahead = read_ahead(trainer, state, loader, self._steps_per_epoch)
@@ -173,6 +173,17 @@ class UnfreezeCallback(TrainerCallback):
         for kept in self.unfreezer.kept if state.global_step else ():
             kept.load(checkpoint_resumed())
         self._advance(args, state)
+
+    def _draw_anew(self, model: Any, seed: int) -> None:
+        drawn = draw_anew(model, self.reinitialize or "", seed)
+        may_open = self.unfreezer.decisions.may_open if self.unfreezer else ()
+        if frozen := [name for name in drawn if name not in may_open]:
+            warnings.warn(
+                f"reinitialize={self.reinitialize!r} has drawn {', '.join(frozen)} anew, which '{self.schedule}' never "
+                "opens: random weights that stay so. Open them too, or leave them out.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -259,6 +270,10 @@ class UnfreezeCallback(TrainerCallback):
             raise UnfreezeError(
                 "this Trainer has two UnfreezeCallbacks, which would undo each other. Keep one, and write both "
                 "schedules as one: 'head@0, block[-4:]@1ep'."
+            )
+        if self not in callbacks:
+            raise UnfreezeError(
+                "an UnfreezeCallback was called by another callback. Give it to the Trainer: callbacks=[callback]."
             )
         callbacks.remove(self)
         callbacks.insert(0, self)

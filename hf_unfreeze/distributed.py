@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from ._agreement import agree, told
 from ._reducer import active_ddp, can_rebuild, rebuild, reduced_tensors, refuse_options
 from ._sharded import Sharded, is_sharded, reshard
-from .errors import EnvironmentRefused, UnfreezeError
+from .errors import EnvironmentRefused, StructureError, UnfreezeError
 from .freezing import Follower
 
 __all__ = ["DEEPSPEED", "ReducerSync", "of_rank_0", "process_followers", "refuse_wrappers", "unwrap"]
@@ -43,11 +43,14 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def refuse_wrappers(model: Any) -> None:
-    """Raise for DeepSpeed engines, FSDP1, and weights that were offloaded.
+    """Raise for DeepSpeed engines, FSDP1, weights that were offloaded, and what is no model.
 
     Raises:
         EnvironmentRefused: Says why, and what to use.
+        StructureError: It is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise StructureError(f"a model is a torch.nn.Module, not {type(model).__name__}. Give the model first.")
     for module in model.modules():
         kind = type(module)
         if kind.__module__.startswith("deepspeed"):

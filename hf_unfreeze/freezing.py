@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import dropwhile, filterfalse
-from typing import Protocol
+from types import MethodType
+from typing import Any, Protocol
 
 from torch import nn
 
-from ._fixed import without_fixed
-from ._quantised import without_quantised
+from ._adapters import adapter_groups
 from .groups import LayerGroup, layer_groups
 from .schedule import parse_selectors
 
@@ -64,13 +64,13 @@ def set_trainable(model: nn.Module, selectors: str) -> None:
 
     Args:
         model: Any model whose layer groups can be told.
-        selectors: As in a schedule, without times; ``-name`` takes away again.
+        selectors: As in a schedule, without times; ``-name`` takes away again. Of a PEFT model they mean its adapters.
 
     Raises:
         EnvironmentRefused: No gradient would flow, for quantised layers.
         ScheduleError: A selector cannot be read, or matches nothing; every parameter is quantised.
     """
-    groups = without_quantised(model, without_fixed(model, layer_groups(model)))
+    groups = adapter_groups(model, layer_groups(model))
     phase = parse_selectors(selectors).phases(groups)[0]
     parameters = dict(model.named_parameters())
     apply_trainable(((g, [parameters[name] for name in g.parameter_names]) for g in groups), phase.trainable)
@@ -161,6 +161,9 @@ class FrozenEval:
         if self._model.training:
             self(True)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _plain_train, (self._model,)  # a copy of the model, or a pickled one, has nothing frozen
+
     def close(self) -> None:
         """Give the model its own ``train`` back, and every module the mode it had."""
         if self._shadowed is None:
@@ -197,6 +200,10 @@ class FrozenEval:
     def _is_frozen(self, parameters: Sequence[nn.Parameter]) -> bool:
         flags = self._flags(parameters)
         return bool(flags) and not any(flags)
+
+
+def _plain_train(model: nn.Module) -> Any:
+    return MethodType(type(model).train, model)
 
 
 def _is_bare(module: nn.Module) -> bool:

@@ -29,6 +29,8 @@ _REFUSED = {
     "DAdapt": "estimates one step size for a whole param group",
     "LayerWiseDummy": "updates each layer inside the backward pass, so there is no step to act in",
     "Lomo": "updates parameters inside the backward pass, so there is no step to act in",
+    "FusedAdam": "counts the steps of a whole param group at once",
+    "FusedLAMB": "counts the steps of a whole param group at once",
     "GrokAdamW": "clips each param group as one, and decays by the position of a parameter among those with a gradient",
     "DeepSpeed": "is DeepSpeed's, whose flat buffers do not follow requires_grad",
 }
@@ -80,6 +82,9 @@ class GroupRates:
         multipliers: Returns the multiplier of each layer group for the step about to be taken.
         weight_decay: Weight decay of some layer groups, instead of their param group's; a param group without weight
             decay (biases and norms) stays without.
+
+    Raises:
+        OptimizerError: Weight decay is asked for, and no param group has any.
     """
 
     def __init__(
@@ -89,6 +94,11 @@ class GroupRates:
         multipliers: Callable[[], dict[str, float]],
         weight_decay: Mapping[str, float] | None = None,
     ) -> None:
+        if any((weight_decay or {}).values()) and not any(g.get("weight_decay") for g in optimizer.param_groups):
+            raise OptimizerError(
+                "group_weight_decay changes the weight decay of parameters that have one, and in this optimizer none "
+                "has. Set weight_decay=0.01 in TrainingArguments; to have none elsewhere write 'all=0, head=0.1'."
+            )
         self._optimizer = optimizer
         self._group_of = group_of
         self._multipliers = multipliers

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ._kept import Kept
+from .errors import StructureError
 from .freezing import largest_modules
 from .groups import layer_groups
 from .schedule import parse_selectors
@@ -88,7 +89,7 @@ class RaisedDropout:
                 names = ("p",) if isinstance(part, nn.Dropout) else _DROPOUT_NUMBERS
                 for name in names:
                     value = vars(part).get(name)
-                    if isinstance(value, float) and value < self._probability:
+                    if isinstance(value, (int, float)) and value is not False and value < self._probability:
                         self._found.append((part, name, value))
                         setattr(part, name, self._probability)
 
@@ -116,9 +117,15 @@ def reinitialize(model: nn.Module, selectors: str, seed: int = 0) -> tuple[str, 
 
     Raises:
         ScheduleError: A selector cannot be read, or matches nothing.
+        StructureError: A PEFT model, whose blocks stay as they are.
 
     Reference: Revisiting few-sample BERT fine-tuning, arXiv 2006.05987.
     """
+    if getattr(model, "peft_config", None):
+        raise StructureError(
+            "reinitialize draws blocks anew, and those of a PEFT model stay frozen. "
+            f"Write reinitialize(model, {selectors!r}) before get_peft_model(model, …)."
+        )
     groups = layer_groups(model)
     names = parse_selectors(selectors).phases(groups)[0].trainable
     wanted = {name for group in groups if group.name in names for name in group.parameter_names}

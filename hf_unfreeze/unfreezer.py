@@ -107,15 +107,15 @@ class Unfreezer:
         probe: Probe | None = None,
     ) -> None:
         self._options = options = Options(
-            layer_decay,
-            block_warmup,
-            frozen_eval,
-            pull,
-            dropout,
-            group_weight_decay,
-            drop_state,
-            offload_state,
-            prefix_dtype,
+            layer_decay=layer_decay,
+            block_warmup=block_warmup,
+            frozen_eval=frozen_eval,
+            pull=pull,
+            dropout=dropout,
+            group_weight_decay=group_weight_decay,
+            drop_state=drop_state,
+            offload_state=offload_state,
+            prefix_dtype=prefix_dtype,
         )
         total_steps = None if total_steps is None else whole_number("total_steps", total_steps, 0)
         steps_per_epoch = None if steps_per_epoch is None else whole_number("steps_per_epoch", steps_per_epoch, 1)
@@ -128,7 +128,7 @@ class Unfreezer:
         named = dict(root.named_parameters())
         self.groups = eligible_groups(root, layer_groups(root))
         if self.schedule.name == "all_at_once":
-            self.groups = without_frozen(self.groups, named, self.optimizer)
+            self.groups = without_frozen(self.groups, named)
         self._members = [(group, [named[name] for name in group.parameter_names]) for group in self.groups]
         kept = FrozenPrefixCache.parse(cache)
         by_name = {group.name: {name: named[name] for name in group.parameter_names} for group in self.groups}
@@ -190,7 +190,7 @@ class Unfreezer:
 
         Args:
             global_step: Optimizer updates done so far.
-            epoch: Epochs done so far; timed schedules do not need it.
+            epoch: Epochs done so far; no schedule needs it, and a Trainer has it at hand.
 
         Returns:
             The transition, or None where the trainable set stays as it is.
@@ -225,7 +225,7 @@ class Unfreezer:
             metrics: Name → number. On several ranks those of rank 0 hold.
             global_step: Optimizer updates done so far; by default one more than at the last ``step()``.
         """
-        step = self._step + 1 if global_step is None else global_step
+        step = self._done if global_step is None else whole_number("global_step", global_step, 0)
         if self.schedule.name != "plateau":
             return
         agreed = of_rank_0(metrics)
@@ -239,7 +239,7 @@ class Unfreezer:
         A schedule of set times needs nothing but the step. What data decided is in here, and the weights that ``pull``,
         ``restore_best`` and ``stop=no_gain`` return to.
         """
-        return self.memory.state(self._step + 1 if self._current else 0)
+        return self.memory.state(self._done)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict()`` returned; then call ``step()`` with the step at which the run goes on.
@@ -295,6 +295,11 @@ class Unfreezer:
             parameter.requires_grad_(flag)
         for follower in reversed(self._followers):
             follower.close()
+
+    @property
+    def _done(self) -> int:
+        """Optimizer updates, when the step that was entered last is over."""
+        return self._step + 1 if self._current else self.memory.loaded
 
     def _announcement(self) -> list[str]:
         said = announcement(self._step, self._current, self.phases, self.groups)

@@ -23,7 +23,7 @@ from accelerate.utils import set_seed
 from common import parse, run
 from embedded import minilm
 from scores import Classification
-from tables import TextArguments, class_names, fewer, load_texts
+from tables import TextArguments, class_names, fewer, labelled, load_texts
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -63,9 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     data = fewer(data, data_args)
     name = data_args.model_name_or_path or minilm()
     tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        name, num_labels=len(labels), id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(name, **labelled(labels), ignore_mismatched_sizes=True)
 
     def encode(batch: dict) -> dict:
         tokens = tokenizer(batch["text"], truncation=True, max_length=data_args.max_length)
@@ -87,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     accelerator.register_for_checkpointing(unfreezer)
 
-    step, losses = 0, []
+    step, losses, metrics = 0, [], {}
     if args.resume_from:
         accelerator.load_state(args.resume_from)
         step = int(Path(args.resume_from).name.removeprefix("epoch-")) * steps_per_epoch
@@ -115,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
         unfreezer.observe(metrics, step)
         accelerator.save_state(f"{args.output_dir}/epoch-{epoch + 1}")
     unfreezer.close()
+    metrics = metrics or evaluate(accelerator, model, eval_loader)  # resumed after the last epoch
 
     average = accelerator.reduce(torch.stack(losses).mean(), "mean") if losses else None
     accelerator.unwrap_model(model).save_pretrained(

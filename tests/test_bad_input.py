@@ -17,6 +17,7 @@ from hf_unfreeze import (
     UnfreezeCallback,
     UnfreezeError,
     Unfreezer,
+    criteria,
     layer_groups,
     param_groups_layer_decay,
     parse_schedule,
@@ -25,6 +26,7 @@ from hf_unfreeze import (
 from hf_unfreeze.errors import OptimizerError, ScheduleError, StructureError
 from hf_unfreeze.report import timeline
 from hf_unfreeze.schedule import Time
+from hf_unfreeze.unfreezer import Probe
 
 
 def unfreezer(schedule="gradual(every=1step)", **options):
@@ -52,6 +54,12 @@ CASES = {
         "needs total_steps",
     ),
     "asked before the first step": (lambda: unfreezer().transition, UnfreezeError, r"Call step\(global_step\)"),
+    "the optimizer for the model": (
+        lambda: Unfreezer(torch.optim.AdamW(tiny_bert().parameters()), tiny_bert()),
+        StructureError,
+        "not AdamW. Give the model first",
+    ),
+    "an evaluation at no step": (lambda: unfreezer().observe({}, "3"), UnfreezeError, "global_step='3' is no whole"),
     "selectors that match nothing": (lambda: set_trainable(tiny_bert(), "hed"), ScheduleError, "Did you mean 'head'"),
     "selectors that leave nothing": (lambda: set_trainable(tiny_bert(), "-all"), ScheduleError, "trains nothing"),
     "selectors with times": (lambda: set_trainable(tiny_bert(), "head@0"), ScheduleError, "is no time"),
@@ -147,9 +155,13 @@ def test_a_metric_may_be_a_tensor_or_of_numpy(number):
     engine.close()
 
 
-def test_a_run_of_no_steps_is_told(make_trainer):
-    trainer = make_trainer(UnfreezeCallback("head@0"), num_train_epochs=0)
-    with pytest.warns(UserWarning, match="will not reach: head at step 0. The run has 0 steps"):
+@pytest.mark.filterwarnings("ignore:.* measures on .* batches at each choice:UserWarning")
+@pytest.mark.parametrize(
+    "spec", ["head@0", "rotate(every=5%)", "freeze_out", "freeze_converged", "auto_rates(fisher, every=5%)"]
+)
+def test_a_run_of_no_steps_is_told_and_ends(make_trainer, spec):
+    trainer = make_trainer(UnfreezeCallback(spec), num_train_epochs=0)
+    with pytest.warns(UserWarning, match="will not reach: .* at step 0.* The run has 0 steps"):
         trainer.train()
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
@@ -170,3 +182,17 @@ def test_an_empty_evaluation_set_is_the_trainers_affair(make_trainer):
     plain.train()
     evaluated = [[r for r in run.state.log_history if "eval_runtime" in r] for run in (trainer, plain)]
     assert [len(records) for records in evaluated] == [3, 3]
+
+
+@pytest.mark.parametrize("value", [None, "high", torch.zeros(2)])
+def test_a_criterion_that_returns_no_number_is_named(monkeypatch, value):
+    monkeypatch.setattr(criteria, "_CRITERIA", dict(criteria._CRITERIA))
+    criteria.register_criterion("odd", lambda evidence: value)
+    model = tiny_bert()
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+    probe = Probe(lambda model, batch: model(**batch).loss, lambda count: [batch] * count)
+    engine = Unfreezer(model, torch.optim.AdamW(model.parameters()), "auto(odd, every=99step)", probe=probe)
+    engine.step(0)
+    with pytest.raises(ScheduleError, match=r"criterion 'odd' returned .* for block.*Return one number"):
+        engine.step(99)
+    engine.close()

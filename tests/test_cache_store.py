@@ -206,6 +206,17 @@ def test_a_full_disk_ends_the_writing_and_not_the_run(make_trainer, tmp_path):
     assert trainer.state.global_step == 7 and cache.stats.misses == EXAMPLES
 
 
+def test_the_newest_limit_of_a_shared_file_holds(tmp_path):
+    first, second = DiskStore(tmp_path, 1 << 24), DiskStore(tmp_path, 1 << 23)
+    assert first.max_bytes == second.max_bytes == DiskStore(tmp_path).max_bytes == 1 << 23
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnfreezeError, match=r"cannot hold a cache: .*file.*Give another folder"):
+        DiskStore(tmp_path / "file")
+
+
 def test_arguments(tmp_path, monkeypatch):
     parser = HfArgumentParser(UnfreezeArguments)
     (arguments,) = parser.parse_args_into_dataclasses(["--cache", "memory"])
@@ -223,6 +234,7 @@ def test_arguments(tmp_path, monkeypatch):
     for wrong, message in (
         ({"dtype": "bfloat61"}, "Did you mean 'bfloat16'"),
         ({"max_bytes": 0}, "above 0"),
+        ({"max_bytes": "4GB"}, "max_bytes='4GB': write a number of bytes above 0"),
         ({"folder": "x"}, "folder is for the disk store"),
     ):
         with pytest.raises(UnfreezeError, match=message):
@@ -233,7 +245,7 @@ def test_arguments(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("callback", [UnfreezeCallback, lambda: UnfreezeCallback.from_arguments(UnfreezeArguments())])
-def test_without_a_schedule_the_upper_third_trains_over_a_cache(make_trainer, monkeypatch, callback):
+def test_without_a_schedule_the_upper_part_trains_over_a_cache(make_trainer, monkeypatch, callback):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     trainer = make_trainer(callback(), num_train_epochs=2)
     trainer.train()

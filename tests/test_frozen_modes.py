@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import tiny_bert
@@ -201,4 +204,16 @@ def test_a_mode_that_was_changed_in_between_is_set_again():
         assert model.classifier.training and not any(module.training for module in model.bert.encoder.modules())
         model.bert.encoder.layer[0].train()
         model.classifier.eval()
+    unfreezer.close()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_the_model_is_not_frozen(copied):
+    model = tiny_bert()
+    unfreezer = Unfreezer(model, torch.optim.SGD(model.parameters(), lr=0.1), "head@0")
+    unfreezer.step(0)
+    model.train()
+    other = copied(model)
+    assert other.train() is other and all(module.training for module in other.modules())
+    assert not model.bert.encoder.training, "and the original still is"
     unfreezer.close()

@@ -14,7 +14,7 @@ import hf_unfreeze
 PACKAGE = Path(hf_unfreeze.__file__).parent
 ORDER = ["errors", "_spec", "_named", "_arguments", "_phases", "_deciding", "schedule", "architectures", "_roles",
          "_quirks", "_blocks", "_siblings", "_structure", "_runs", "_naming", "_loose", "_trace", "detection",
-         "_rows", "_matcher", "groups", "_fixed", "_quantised", "freezing", "optim", "_adapters", "_rates",
+         "_rows", "_matcher", "groups", "_fixed", "_quantised", "_adapters", "freezing", "optim", "_rates",
          "_compiling", "_checkpointing", "_options", "_kept", "regularization", "_agreement", "_reducer", "_sharded",
          "distributed", "_shadow", "_keys", "_store", "_prefix", "_precision", "_activations", "_exact", "_stacks",
          "_ahead", "_caching", "cache", "criteria", "_outputs", "_probe", "_plateau", "_replay", "_learnt",

@@ -99,6 +99,24 @@ def test_a_loop_resumed_and_resumed_again_decides_and_ends_the_same(tmp_path, sc
     assert train(second, schedule, 5, second, **RUNS[schedule]) == whole
 
 
+def test_a_state_saved_right_after_loading_is_the_one_that_was_loaded(tmp_path):
+    whole = train(tmp_path, "all_at_once", saves=(3,), pull=0.1)
+    accelerator, *_, unfreezer = made("all_at_once", pull=0.1)
+    accelerator.load_state(str(tmp_path / "after-3"))
+    accelerator.save_state(str(tmp_path / "again" / "after-3"))
+    unfreezer.close()
+    assert train(tmp_path, "all_at_once", 3, tmp_path / "again", pull=0.1) == whole
+
+
+def test_an_evaluation_before_the_first_step_is_not_of_its_weights():
+    *_, unfreezer = made("plateau(eval_loss, patience=1)")
+    unfreezer.observe({"eval_loss": 1.0})
+    unfreezer.step(0)
+    unfreezer.observe({"eval_loss": 2.0})
+    assert [record["step"] for record in unfreezer.state_dict()["records"] if "eval_loss" in record] == [0, 1]
+    unfreezer.close()
+
+
 def test_only_what_data_decides_is_remembered():
     *_, unfreezer = made("rotate(blocks=1, every=1step)")
     for step in range(STEPS):

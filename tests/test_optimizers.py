@@ -8,7 +8,7 @@ from conftest import hashes, tiny_bert
 from transformers import Adafactor, SchedulerType, Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from hf_unfreeze import UnfreezeCallback, layer_groups, param_groups_layer_decay
+from hf_unfreeze import UnfreezeCallback, Unfreezer, layer_groups, param_groups_layer_decay
 from hf_unfreeze.errors import OptimizerError
 
 SCHEDULE = "head@0, block[-1]@1step, all@2step, -block[0]@4step"
@@ -46,8 +46,8 @@ REFUSED = {
     "schedule_free_adamw": ("schedulefree", {}, "one averaging state for a whole param group"),
     "schedule_free_sgd": ("schedulefree", {}, "one averaging state for a whole param group"),
 }
-# Where a CPU cannot go. The first four keep state per parameter, as all of EXACT do; layer-wise ones and AdaLomo are
-# refused by the names of their classes; the Trainer itself cannot build GaLore's layer-wise Adafactor.
+# Where a CPU cannot go. Apex's, layer-wise ones and AdaLomo are refused by the names of their classes; the next three
+# keep state per parameter, as all of EXACT do; the Trainer itself cannot build GaLore's layer-wise Adafactor.
 ELSEWHERE = {"adamw_apex_fused", "adamw_torch_xla", "adamw_torch_npu_fused", "adamw_anyprecision", "galore_adamw_8bit",
              "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise", "adalomo"}  # fmt: skip
 
@@ -105,6 +105,14 @@ def test_refused_with_the_reason(make_trainer, optimizer):
         run(make_trainer, optimizer, UnfreezeCallback("all_at_once", pull=0.1), **arguments)
     plain = run(make_trainer, optimizer, **arguments)
     assert run(make_trainer, optimizer, UnfreezeCallback("all_at_once"), **arguments) == plain, "nothing to follow"
+
+
+def test_apex_counts_steps_for_a_param_group_and_is_refused():
+    """Apex itself needs CUDA; its class by that name counts in ``group["step"]``, which parts of a group would lose."""
+    model, optimizer = wide(), type("FusedAdam", (torch.optim.AdamW,), {})
+    with pytest.raises(OptimizerError, match="FusedAdam cannot be used: it counts the steps of a whole param group"):
+        Unfreezer(model, optimizer(model.parameters()), "head@0, all@2step")
+    Unfreezer(model, optimizer(model.parameters()), "all_at_once").close()
 
 
 def rates_and_decays(make, model, layer_decay):

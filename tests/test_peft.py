@@ -9,8 +9,8 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from hf_unfreeze import FrozenPrefixCache, UnfreezeCallback, Unfreezer
-from hf_unfreeze.errors import ScheduleError
+from hf_unfreeze import FrozenPrefixCache, UnfreezeCallback, Unfreezer, set_trainable
+from hf_unfreeze.errors import ScheduleError, StructureError
 
 BERT = {"task_type": "SEQ_CLS"}  # PEFT then trains the classifier too
 LORA = {**BERT, "target_modules": ["query", "value"], "lora_dropout": 0.1}
@@ -181,3 +181,39 @@ def test_an_adapter_loaded_for_inference_is_refused(make_trainer):
                                                                                  None))  # fmt: skip
     with pytest.raises(ScheduleError, match="is_trainable=True"):
         trainer.train()
+
+
+def test_set_trainable_means_adapters_however_often():
+    model = adapted(METHODS["lora"])
+    adapters = {name for name, _ in model.named_parameters() if "lora_" in name}
+    head = {name for name, parameter in model.named_parameters() if parameter.requires_grad} - adapters
+    for selectors, layers in (("head", ""), ("block[-1]", "3"), ("block[:2], head", "01"), ("all", "0123")):
+        set_trainable(model, selectors)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        opened = {name for name in adapters if name.partition(".layer.")[2][0] in layers}
+        assert trained == opened | (head if selectors != "block[-1]" else set())
+
+
+def test_fresh_blocks_come_before_the_adapters(make_trainer):
+    trainer = make_trainer(UnfreezeCallback("all_at_once", reinitialize="block[-1]"), model=adapted(METHODS["lora"]))
+    with pytest.raises(StructureError, match="before get_peft_model"):
+        trainer.train()
+
+
+def test_embeddings_of_the_base_stay_closed_where_asked():
+    model = llama()
+    model.requires_grad_(True)
+    seen = phases_of(model, "gradual(every=1step, embeddings=false)")
+    assert not any("embed_tokens" in name for _, names in seen for name in names)
+
+
+def test_the_cache_knows_the_later_phases_of_base_and_adapters():
+    model = llama()
+    model.requires_grad_(True)
+    cache = FrozenPrefixCache()
+    schedule = "adapter.block[-1]@0, adapter.block[-2:]@1step, base.block[-2:]@2step"
+    unfreezer = Unfreezer(model, torch.optim.AdamW(model.parameters()), schedule, cache=cache)
+    unfreezer.step(0)
+    (stack,) = cache.active._stacks
+    assert stack.activations.wanted == {1, 2}
+    unfreezer.close()

@@ -366,3 +366,18 @@ def test_a_checkpoint_without_best_weights_is_refused(make_trainer, tmp_path):
     run(make_trainer, "plateau(script, mode=min)", save_strategy="steps", save_steps=4)
     with pytest.raises(UnfreezeError, match=r"has no unfreeze_best\.safetensors: it was written with stop=none"):
         run(make_trainer, RESTORE, output_dir=str(tmp_path / "again"), resume=str(tmp_path / "run" / "checkpoint-8"))
+
+
+def test_other_evaluations_come_first(make_trainer):
+    """The second of two data sets decides, and a callback evaluates the training data before both."""
+
+    class OnTraining(TrainerCallback):
+        def on_epoch_end(self, args, state, control, **kwargs):
+            if not control.should_training_stop:
+                trainer.evaluate(trainer.train_dataset, metric_key_prefix="train")
+
+    trainer = make_trainer(UnfreezeCallback("plateau(eval_b_loss, patience=1)"), OnTraining(), eval_strategy="epoch")
+    trainer.eval_dataset = dict.fromkeys("ab", trainer.train_dataset)
+    trainer.train()
+    assert any("train_loss" in record and "train_runtime" in record for record in trainer.state.log_history)
+    assert trainer.state.global_step == 21

@@ -175,6 +175,11 @@ def test_a_decay_that_moves(make_trainer):
     assert rates(trainer)[5]["embeddings"] == 1e-2
 
 
+def test_the_arguments_have_a_help_that_can_be_shown():
+    shown = " ".join(HfArgumentParser(UnfreezeArguments).format_help().split())
+    assert "'head@0, block[-4:]@1ep, all@50%' or a named schedule" in shown and "0.1ep or 2%." in shown
+
+
 def test_a_decay_as_text_is_the_number(make_trainer, text="0.9"):
     (parsed,) = HfArgumentParser(UnfreezeArguments).parse_args_into_dataclasses(
         ["--schedule", "all_at_once", "--layer_decay", text]

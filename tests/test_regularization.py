@@ -261,3 +261,34 @@ def test_unknown_group_of_a_weight_decay_is_refused_before_anything_changes(make
         trainer.train()
     assert all(p.requires_grad for p in trainer.model.parameters())
     assert not trainer.optimizer.optimizer._optimizer_step_pre_hooks
+
+
+def test_weight_decay_by_group_where_none_decays_is_refused(make_trainer):
+    trainer = make_trainer(UnfreezeCallback("gradual", group_weight_decay="head=0.1"), weight_decay=0.0)
+    with pytest.raises(OptimizerError, match="in this optimizer none has"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("number", [0, 0.0])
+def test_dropout_rises_from_a_whole_number_too(number):
+    model = tiny_bert(hidden_dropout_prob=number, attention_probs_dropout_prob=number)
+    unfreezer = Unfreezer(model, torch.optim.AdamW(model.parameters()), "all@0", dropout=0.3)
+    unfreezer.step(0)
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.3}
+    unfreezer.close()
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {number}
+
+
+def test_fresh_blocks_that_never_open_are_told(make_trainer):
+    callback = UnfreezeCallback("head@0", reinitialize="block[-1], head")
+    with pytest.warns(UserWarning, match=r"has drawn block\[3\] anew, which 'head@0' never opens"):
+        make_trainer(callback, max_steps=1).train()
+
+
+def test_fresh_blocks_only_where_the_run_can_begin(make_trainer):
+    before = tiny_bert()
+    trainer = make_trainer(UnfreezeCallback("hed@0", reinitialize="block[-1]"), model=before)
+    start = hashes(before)
+    with pytest.raises(ScheduleError, match="Did you mean 'head'"):
+        trainer.train()
+    assert hashes(before) == start

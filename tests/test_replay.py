@@ -8,7 +8,7 @@ import pytest
 from conftest import hashes
 from test_criteria import opened
 
-from hf_unfreeze import Schedule, UnfreezeCallback, parse_schedule
+from hf_unfreeze import Schedule, UnfreezeCallback, layer_groups, parse_schedule
 from hf_unfreeze.errors import ScheduleError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* measures on .* batches at each choice:UserWarning")
@@ -66,3 +66,13 @@ def test_entries_by_hand():
     assert str(Schedule.from_log(json.loads(json.dumps(log)))) == (
         "head@0, -all@4step, block[2:6]@4step, head@4step, all@8step"
     )
+
+
+def test_what_trained_before_the_first_transition_was_everything(make_trainer, tmp_path):
+    make_trainer(UnfreezeCallback("all_at_once"), save_strategy="steps", save_steps=4).train()
+    again = make_trainer(UnfreezeCallback("head@0"), output_dir=str(tmp_path / "again"))
+    with pytest.warns(UserWarning, match="trained by another schedule"):
+        again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    schedule = Schedule.from_log(again.state.log_history)
+    assert str(schedule) == "all@0, -all@4step, head@4step"
+    assert [phase.start for phase in schedule.phases(layer_groups(again.model))] == [0, 4]

@@ -188,3 +188,11 @@ def test_the_norm_is_that_of_what_trains(make_trainer, norm):
     plain = make_trainer(model=theirs, max_grad_norm=norm, max_steps=5)
     plain.train()
     assert hashes(ours.model) == hashes(plain.model)
+
+
+def test_a_checkpoint_may_be_a_path(make_trainer, tmp_path):
+    whole = make_trainer(UnfreezeCallback(SCHEDULE, pull=0.1), **SAVING)
+    whole.train()
+    again = make_trainer(UnfreezeCallback(SCHEDULE, pull=0.1), output_dir=str(tmp_path / "again"))
+    again.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-8")
+    assert hashes(again.model) == hashes(whole.model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import pytest
@@ -68,6 +68,12 @@ def test_phases(spec):
     assert plan(spec) == PLANS[spec]
     schedule = parse_schedule(spec)
     assert parse_schedule(str(schedule)) == schedule and hash(parse_schedule(str(schedule))) == hash(schedule)
+
+
+@pytest.mark.parametrize(("share", "first"), [(0.25, 3), (0.5, 2), (1, 0)])
+def test_a_share_counts_the_blocks_of_a_model_without_a_head(share, first):
+    groups = [replace(group, parameter_names=()) if group.name == "head" else group for group in single()]
+    assert parse_schedule(f"top({share})").phases(groups)[0].trainable == tuple(f"block[{i}]" for i in range(first, 4))
 
 
 def test_functions_are_the_specs():
