@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
-from ._keys import Batch, by_length, can_be_cut, fingerprint, read_batch, take
+from ._fingerprints import Fingerprints
+from ._keys import Batch, by_length, can_be_cut, read_batch, take
 from ._prefix import Prefix, Reached, Run
+from ._shadow import random_state, set_random_state
 from ._store import Store
 from .errors import UnfreezeError
 
@@ -24,6 +24,7 @@ PART_COST, PART_COST_ELSEWHERE = 40, 8192
 CHECK_EVERY = 1000  # found examples, of which one is computed again
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest activation: another batch shape rounds anew
 HALF_TOLERANCE = 5e-2
+UPSET = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError)
 
 Forward = Callable[..., Any]
 
@@ -59,18 +60,9 @@ class Activations:
         self._computed_in = torch.float32
         self._next_check = CHECK_EVERY
         self._ahead = 0  # examples computed before they came by
-        self._parts = prefix.parts()
-        library = getattr(sys.modules.get("transformers"), "__version__", None)
-        self._text = f"{prefix.text()}\n{torch.__version__} {library} {prefix_dtype}"
-        self._stamps: list[Any] = [None] * len(self._parts)
-        self._digests = [b""] * len(self._parts)
-        self._prints: dict[tuple[int, str], bytes] = {}
-
-    def forget_trained(self) -> None:
-        """Read the weights again of what trains now, once it is frozen: fused optimizers do not count their changes."""
-        for index, part in enumerate(self._parts):
-            if any(tensor.requires_grad for _, tensor in part):
-                self._stamps[index] = None
+        self._alone_to = 0  # boundary up to which an example has come out alike without the others of its batch
+        self._ragged: bool | None = None  # and without its padding; None: there was none
+        self.fingerprints = Fingerprints(prefix, prefix_dtype)
 
     def read(self, inputs: dict[str, Any], ragged: bool) -> Batch:
         """Compute the keys of a batch.
@@ -79,7 +71,7 @@ class Activations:
             Unkeyed: There are none.
         """
         batch = read_batch(inputs, ragged)
-        batch.salt += _ambient(self.prefix.device)
+        batch.salt += self.fingerprints.ambient()
         return batch
 
     def run(self, run: Run, forward: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -126,12 +118,21 @@ class Activations:
                 self._ahead += len(members)
                 self.stats.misses += len(members)
 
+    def accept(self, boundary: int, batch: Batch, captured: dict[int, torch.Tensor]) -> None:
+        """Keep what a check has computed; what is stored already has to be the same."""
+        hidden = captured[boundary]
+        for index, row in enumerate(self._get(batch, range(batch.size), boundary)):
+            if row is not None:
+                self._compare(boundary, row, hidden[index].detach())
+            self.stats.misses += row is None
+        self.keep(batch, range(batch.size), captured)
+
     def keep(self, batch: Batch, members: Sequence[int], captured: dict[int, torch.Tensor]) -> None:
         """Store what a run has captured, an example at a time and without its padding."""
         for boundary, hidden in captured.items():
             self._computed_in = hidden.dtype
             there = hidden.detach().to("cpu", self.dtype or hidden.dtype)
-            salt = self._fingerprint(boundary, batch.salt)
+            salt = self.fingerprints.of(boundary, batch.salt)
             rows = zip(members, there, strict=True)
             kept = [(row[: batch.lengths[member]] if batch.padded else row).clone() for member, row in rows]
             self.store.put((salt + batch.keys[member], row) for member, row in zip(members, kept, strict=True))
@@ -175,7 +176,7 @@ class Activations:
             self.run(run, forward, **inputs)
 
     def _get(self, batch: Batch, members: Sequence[int], boundary: int) -> list[torch.Tensor | None]:
-        salt = self._fingerprint(boundary, batch.salt)
+        salt = self.fingerprints.of(boundary, batch.salt)
         return self.store.get([salt + batch.keys[member] for member in members])
 
     def _assembled(self, batch: Batch, rows: list[torch.Tensor], tokens: int = 0) -> torch.Tensor:
@@ -197,30 +198,59 @@ class Activations:
             return
         self._next_check = self.stats.hits + CHECK_EVERY
         chosen = self.stats.hits % len(rows)
-        run = Run(stop=boundary, capture=frozenset({boundary}))
-        self._run_to_stop(run, forward, take(batch, [places[chosen]]))
-        stored = rows[chosen]
-        again = run.captured[boundary][0, : stored.shape[0]].to("cpu", stored.dtype)
-        share = HALF_TOLERANCE if self._coarse else TOLERANCE.get(stored.dtype, HALF_TOLERANCE)
-        allowed = share * max(float(again.abs().max()), 1.0)
-        difference = float((again - stored).abs().max())
+        self._compare(boundary, rows[chosen], self._alone(boundary, batch, places[chosen], forward))
+
+    def _compare(self, boundary: int, stored: torch.Tensor, again: torch.Tensor) -> None:
+        difference, allowed = self._off(stored, again)
         if not difference <= allowed:
             raise UnfreezeError(
                 f"the cache holds an activation below block {boundary} that is off by {difference:.3g} when it is "
                 f"computed again (allowed: {allowed:.3g}). Delete the folder of the disk store, or write cache=None."
             )
 
-    def _fingerprint(self, boundary: int, salt: str) -> bytes:
-        """Return 16 bytes of all that decides an activation but the example; weights are read only after a change."""
-        for index, part in enumerate(self._parts[: boundary + 1]):
-            stamp = [(tensor._version, tensor.data_ptr()) for _, tensor in part]
-            if stamp != self._stamps[index]:
-                self._stamps[index], self._digests[index] = stamp, fingerprint(part)
-                self._prints.clear()
-        if (boundary, salt) not in self._prints:
-            text = f"{self._text}\n{salt}\n".encode() + b"".join(self._digests[: boundary + 1])
-            self._prints[boundary, salt] = hashlib.blake2b(text, digest_size=16).digest()
-        return self._prints[boundary, salt]
+    def _alone(self, boundary: int, batch: Batch, row: int, forward: Forward, tokens: int = 0) -> torch.Tensor:
+        """Compute one example without the others of its batch."""
+        run = Run(stop=boundary, capture=frozenset({boundary}))
+        self._run_to_stop(run, forward, take(batch, [row], tokens))
+        return run.captured[boundary][0]
+
+    def _off(self, stored: torch.Tensor, again: torch.Tensor) -> tuple[float, float]:
+        """Return how far apart two activations of an example are, and how far they may be."""
+        again = again[: stored.shape[0]].to("cpu", stored.dtype)
+        share = HALF_TOLERANCE if self._coarse else TOLERANCE.get(stored.dtype, HALF_TOLERANCE)
+        return float((again - stored).abs().max()), share * max(float(again.abs().max()), 1.0)
+
+    def check_alone(self, boundary: int, batch: Batch, run: Run, forward: Forward) -> None:
+        """Note whether an example comes out the same without the others of its batch, and without its padding."""
+        hidden = run.captured.get(boundary)
+        if run.problem or hidden is None or hidden.shape[:1] != (batch.size,) or hidden.dim() < 3:
+            return  # which has a reason of its own
+        kept = random_state(self.prefix.device)
+        if boundary > self._alone_to:
+            self._ragged = None
+            if not self._same_alone(boundary, batch, hidden, 0, 0, forward):
+                run.crowded = True
+        if batch.padded and self._ragged is None and not run.crowded:
+            row = min(range(batch.size), key=batch.lengths.__getitem__)
+            tokens = max(batch.lengths[row], 1)
+            by_length = _scales_with_length(getattr(self.prefix.host, "config", None))
+            self._ragged = not by_length and self._same_alone(boundary, batch, hidden, row, tokens, forward)
+        self._alone_to = max(self._alone_to, 0 if run.crowded else boundary)
+        run.ragged = bool(self._ragged)
+        set_random_state(kept, self.prefix.device)
+
+    def _same_alone(
+        self, boundary: int, batch: Batch, hidden: torch.Tensor, row: int, tokens: int, forward: Forward
+    ) -> bool:
+        try:
+            again = self._alone(boundary, batch, row, forward, tokens)
+        except UPSET:
+            return False  # a batch of another form is not what these blocks can take
+        stored = hidden[row, : tokens or None].detach().cpu()
+        if again.shape != stored.shape:
+            return False
+        difference, allowed = self._off(stored, again)
+        return difference <= allowed
 
 
 def blank(batch: Batch, members: Sequence[int], hidden: torch.Tensor) -> torch.Tensor:
@@ -232,16 +262,7 @@ def blank(batch: Batch, members: Sequence[int], hidden: torch.Tensor) -> torch.T
     return hidden.masked_fill(padding.reshape(*padding.shape, *[1] * (hidden.dim() - 2)), 0.0)
 
 
-def _ambient(device: torch.device) -> str:
-    """What decides the bits of an activation outside of the model: device, autocast, precision."""
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    return f" {device.type} {autocast} {_precision()}"
-
-
-def _precision() -> str:
-    """How float32 products are rounded. The old question fails once one of the settings of torch 2.9 was written."""
-    backends: Any = torch.backends
-    if not hasattr(backends, "fp32_precision"):
-        return f"{torch.get_float32_matmul_precision()} {backends.cudnn.allow_tf32}"
-    settings = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
-    return " ".join(setting.fp32_precision for setting in settings)
+def _scales_with_length(config: Any) -> bool:
+    """Whether positions are scaled by the length of the padded batch."""
+    rope = [getattr(config, name, None) for name in ("rope_scaling", "rope_parameters")]
+    return any(kind in repr(rope) for kind in ("dynamic", "longrope"))

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, IterableDataset
 
 from ._prefix import Reached
@@ -56,10 +60,14 @@ class Ahead:
 
         data = self.loader.dataset
         alike = {name: getattr(self.loader, name) for name in AS_IN_THE_RUN}
+        if _holds_generator((data, alike["collate_fn"])):  # which a fetch more would move on
+            return
         few = range(min(PROBED, len(data)))
         once, again = (alike["collate_fn"]([data[index] for index in few]) for _ in range(2))
         if _alike(once, again):
-            windows = DataLoader(data, batch_size=WINDOW, **alike)
+            size = getattr(self.loader.batch_sampler, "batch_size", None) or 1  # a collator may ask for whole batches
+            window = max(WINDOW // size, 1) * size
+            windows = DataLoader(data, batch_size=window, drop_last=self.loader.drop_last, **alike)
             shown = tqdm(windows, "frozen-prefix cache", leave=False, disable=not self.show_progress)
             yield from map(self.prepare, shown)
 
@@ -73,7 +81,12 @@ def holds_all(loader: Any, batch_size: int) -> bool:
 
 
 def fill(
-    stack: Stack, ahead: Ahead, phases: Sequence[Phase], forward: Callable[..., Any], kwargs: Mapping[str, Any]
+    stack: Stack,
+    ahead: Ahead,
+    phases: Sequence[Phase],
+    model: nn.Module,
+    forward: Callable[..., Any],
+    kwargs: Mapping[str, Any],
 ) -> None:
     """Compute the examples to come up to the lowest boundary under which they will all come by.
 
@@ -81,6 +94,7 @@ def fill(
         stack: What to fill; its host is run by ``forward``.
         ahead: The examples.
         phases: The present and the later ones.
+        model: Runs the host, and nothing else with weights before it.
         forward: The model's.
         kwargs: What the run has just called it with.
     """
@@ -97,14 +111,50 @@ def fill(
             given = {name: value for name, value in inputs.items() if name in kwargs and _is_batch(value)}
             if given.keys() | options.keys() != kwargs.keys():
                 break  # the run makes its inputs from these in a way of its own
-            with torch.no_grad(), contextlib.suppress(Reached):
-                forward(**options, **given)
+            try:
+                with torch.no_grad(), _nothing_before(stack.prefix.host, model):
+                    forward(**options, **given)
+            except Reached:
+                pass
+            except _Elsewhere:
+                break  # it would get a thousand examples at once, and may keep statistics of them
             done += WINDOW
             if not 0 < (activations.written - before) / done * ahead.examples <= room:
                 break  # all are there already, or have no room: the first would be out before they come by
     finally:
         stack.fill = None
         set_random_state(state, stack.prefix.device)
+
+
+class _Elsewhere(Exception):
+    """A module with weights was called before the host."""
+
+
+@contextlib.contextmanager
+def _nothing_before(host: nn.Module, model: nn.Module) -> Iterator[None]:
+    known = {*host.modules(), *(module for module in model.modules() if host in module.modules())}
+
+    def look(module: nn.Module, args: Any) -> None:
+        if module not in known and (module._parameters or module._buffers):
+            raise _Elsewhere
+
+    handle = register_module_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _holds_generator(thing: Any, depth: int = 4) -> bool:
+    """Whether an object has a random generator of its own, in itself or in what it wraps."""
+    numpy = sys.modules.get("numpy")
+    kinds = (torch.Generator, random.Random, *((numpy.random.Generator, numpy.random.RandomState) if numpy else ()))
+    if isinstance(thing, kinds) or not depth:
+        return isinstance(thing, kinds)
+    inside = [*thing] if isinstance(thing, tuple) else [*getattr(thing, "__dict__", {}).values()]
+    inside += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+    inside += [getattr(thing, "__self__", None), *getattr(thing, "args", ())] if callable(thing) else []
+    return any(_holds_generator(part, depth - 1) for part in inside if not isinstance(part, torch.nn.Module))
 
 
 def _is_batch(value: Any) -> bool:

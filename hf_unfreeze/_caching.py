@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._activations import Activations, Forward, Stats
+from ._activations import UPSET, Activations, Forward, Stats
 from ._ahead import Ahead, fill
-from ._exact import buffers_kept, detached, same_outputs, unfit
+from ._exact import buffers_kept, detached, has_loss, same_outputs, unfit
 from ._keys import PAST, Batch, Unkeyed
 from ._prefix import Reached, Run, find_prefixes
 from ._shadow import Shadow, random_state, set_random_state
@@ -24,7 +24,6 @@ from .schedule import Phase
 __all__ = ["Caching"]
 
 PATIENCE = 3  # forwards that do not come by a stack before its check is given up
-UPSET = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError)
 
 
 class Caching:
@@ -51,6 +50,7 @@ class Caching:
         self._watched: Watched | None = None
         self._replay: dict[Stack, Iterator[torch.Tensor]] = {}
         self._fresh = False
+        self._training: bool | None = None  # mode of the last forward
         self._trainable: set[int] = set()
         self.ahead: Ahead | None = None  # what is computed before it comes by, once it turns out to spare padding
         self._shadows: list[Shadow] = []
@@ -63,12 +63,14 @@ class Caching:
         """Move the boundaries to where the flags are now."""
         phases = self._upcoming()
         for stack in self._stacks:
-            stack.boundary = 0 if stack.off else stack.prefix.frozen_blocks()
+            before, stack.boundary = stack.boundary, 0 if stack.off else stack.prefix.frozen_blocks()
+            if stack.boundary != before:  # what holds at one boundary may not at another: a block that opens reads more
+                stack.trust.clear()
             if stack.prefix.splits(stack.boundary):
                 self._switch_off(stack, SPLIT)
             later = {stack.prefix.boundary_in(phase.trainable) for phase in phases}
             stack.activations.wanted |= (later | {stack.boundary}) - {0}
-            stack.activations.forget_trained()
+            stack.activations.fingerprints.forget_trained()
         if self._stacks and not any(stack.activations.wanted for stack in self._stacks):
             self._say("the schedule never leaves the embeddings and the lowest block frozen")
         inside = {id(p) for stack in self._stacks for block in stack.prefix.blocks for p in block.parameters()}
@@ -94,6 +96,10 @@ class Caching:
         if self._outer is not None or not any(stack.boundary for stack in self._stacks):
             return forward(*args, **kwargs)
         self._outer = name
+        if self._training is not self._model.training:
+            self._training = self._model.training
+            for stack in self._stacks:
+                stack.activations.fingerprints.look_again()
         call = functools.partial(forward, *args, **kwargs)
         try:
             if self._due(name, kwargs):
@@ -165,7 +171,8 @@ class Caching:
             return f"the model fails without what the frozen blocks compute ({type(error).__name__}: {error})"
         finally:
             self._replay = {}
-        if same_outputs(expected, actual, next(iter(watched.values()))[0][0]):
+        batch = next(iter(watched.values()))[0][0]
+        if same_outputs(expected, actual, batch if has_loss(expected) else None):
             return ""
         return "something besides the blocks above them reads what the frozen blocks compute"
 
@@ -178,8 +185,7 @@ class Caching:
                 if not ragged:
                     batch = stack.activations.read(batch.inputs, False)
             if run.start < stack.boundary:
-                self._stats.misses += batch.size
-                stack.activations.keep(batch, range(batch.size), run.captured)
+                stack.activations.accept(stack.boundary, batch, run.captured)
 
     def _first(self, call: Forward) -> Any:
         """Run the first forward of a phase: code between the blocks may draw random numbers in its new modes."""
@@ -203,7 +209,7 @@ class Caching:
             return
         ahead, self.ahead = self.ahead, None
         if ahead is not None and ragged == [True]:
-            fill(active[0], ahead, self._upcoming(), forward, kwargs)
+            fill(active[0], ahead, self._upcoming(), self._model, forward, kwargs)
 
     def _through(self, stack: Stack, original: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run a host from the stored activations, or as it is."""
@@ -234,6 +240,8 @@ class Caching:
             if run.activation is not None and start == boundary:
                 run.captured[start] = run.activation
         output = activations.run(run, original, *args, **kwargs)
+        if self._watched is not None:
+            activations.check_alone(boundary, batch, run, original)
         stack.problem = run.problem
         return output
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ._keys import Batch
 
-__all__ = ["buffers_kept", "detached", "gradient_source", "same_outputs", "unfit"]
+__all__ = ["buffers_kept", "detached", "gradient_source", "has_loss", "same_outputs", "unfit"]
 
 AUGMENTS = ("mask_time_prob", "mask_feature_prob")
 
@@ -70,13 +70,19 @@ def detached(output: Any) -> Any:
     return None
 
 
-def same_outputs(one: Any, other: Any, batch: Batch) -> bool:
-    """Whether two outputs hold the same bits, but for what lies in the padding."""
+def has_loss(output: Any) -> bool:
+    """Whether an output has a number of its own, so that what lies in its padding is nothing that trains."""
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else ()
+    return any(isinstance(value, torch.Tensor) and value.dim() == 0 for value in values)
+
+
+def same_outputs(one: Any, other: Any, batch: Batch | None) -> bool:
+    """Whether two outputs hold the same bits, but for what lies in the padding of a batch, where one is given."""
     if isinstance(one, torch.Tensor):
         if not isinstance(other, torch.Tensor) or one.shape != other.shape or one.dtype != other.dtype:
             return False
         equal = (one == other) | ((one != one) & (other != other))
-        if batch.padded and one.shape[:2] == (batch.size, batch.tokens):
+        if batch is not None and batch.padded and one.shape[:2] == (batch.size, batch.tokens):
             places = torch.arange(batch.tokens, device=one.device)
             lengths = torch.tensor(batch.lengths, device=one.device)
             equal = equal[places < lengths[:, None]]

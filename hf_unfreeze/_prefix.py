@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ class Run:
     calls: list[int] = field(default_factory=list)
     state: Any = None
     problem: str = ""
+    crowded: bool = False  # whether an example came out differently without the others of its batch
+    ragged: bool = False  # whether the shortest example came out the same without its padding
 
 
 class Prefix:
@@ -111,6 +114,8 @@ class Prefix:
         """Describe the code of the prefix: classes, sizes, epsilons."""
         config = getattr(self.host, "config", None)
         parts = [type(self.host).__qualname__, *map(repr, self.stem), *map(repr, self.blocks[:1])]
+        modules = (m for part in (self.host, *self.stem, *self.blocks) for m in (part, *part.modules()))
+        parts += map(_source, dict.fromkeys(map(type, modules)))
         if config is not None and hasattr(config, "to_dict"):
             values = config.to_dict() | {"attention": getattr(config, "_attn_implementation", None)}
             skipped = ("_name_or_path", "id2label", "label2id", "problem_type", "use_cache", "transformers_version")
@@ -158,8 +163,8 @@ class Prefix:
             run.calls.append(index)
             if index < max(run.watched, run.stop or 0):
                 hidden = self._hidden(index, output, run)
-                if index + 1 in run.capture:
-                    run.captured[index + 1] = hidden
+                if index + 1 in run.capture:  # a copy, where the next block may write into it
+                    run.captured[index + 1] = hidden if index + 1 == run.stop else hidden.clone()
             self._look(index, run)
             if index + 1 == run.stop:
                 raise Reached
@@ -184,7 +189,7 @@ class Prefix:
 
     def _hidden(self, index: int, output: Any, run: Run) -> torch.Tensor:
         """Find the activation in what a block returns: a tensor, or the first tensor of a tuple."""
-        if isinstance(output, torch.Tensor):
+        if isinstance(output, torch.Tensor) and not output.is_nested:
             self._wraps[index] = None
             return output
         items = output if isinstance(output, tuple) else ()
@@ -202,6 +207,17 @@ class Prefix:
             return hidden
         place, count = form
         return tuple(hidden if i == place else None for i in range(count))
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    """The code of a class of the user's own; that of a library is told by its version."""
+    if kind.__module__.startswith(("torch.", "transformers.")):
+        return kind.__qualname__
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # made in an interactive session, or by a compiler
+        return kind.__qualname__
 
 
 def find_prefixes(model: nn.Module) -> list[Prefix]:

@@ -61,15 +61,17 @@ def problem_of(stack: Stack, batch: Batch, run: Run, model: nn.Module) -> str:
         return "a batch norm in the frozen blocks uses the statistics of each batch"
     if hidden.dim() < 3 or hidden.shape[0] != batch.size:
         return "the frozen blocks do not return one activation for each example"
+    if run.crowded:
+        return "what the frozen blocks compute for an example depends on the others of its batch"
     return gradient_source(hidden, model)
 
 
 def ways(watched: Watched) -> tuple[bool, ...]:
-    """First without padding, where there is any along the tokens; then with it."""
+    """First without padding, where there is any along the tokens and it makes no difference; then with it."""
     if not watched:
         return ()
     padded = [(batch, run) for calls in watched.values() for batch, run in calls if batch.padded]
-    fits = all(list(run.captured.values())[-1].shape[1] == batch.tokens for batch, run in padded)
+    fits = all(run.ragged and list(run.captured.values())[-1].shape[1] == batch.tokens for batch, run in padded)
     return (True, False) if padded and fits else (False,)
 
 

@@ -99,6 +99,7 @@ class DiskStore:
         except ImportError:
             raise UnfreezeError(INSTALL) from None
         self._error: type[Exception] = lmdb.Error
+        self._resized: type[Exception] = lmdb.MapResizedError
         self.folder = Path(folder).expanduser().resolve() / f"v{VERSION}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,7 @@ class DiskStore:
     def get(self, keys: Sequence[bytes]) -> list[torch.Tensor | None]:
         """Return what is stored under each key, or None; also None where the bytes do not match their checksum."""
         try:
-            with self._env.begin(buffers=True) as transaction:
+            with self._begin(buffers=True) as transaction:
                 return [_unpack(transaction.get(key)) for key in keys]
         except self._error as error:
             self._stop(error)
@@ -135,11 +136,18 @@ class DiskStore:
         if not self._writes:
             return
         try:
-            with self._env.begin(write=True) as transaction:
+            with self._begin(write=True) as transaction:
                 for key, row in items:
                     transaction.put(key, _pack(row))
         except self._error as error:
             self._stop(error)
+
+    def _begin(self, **options: bool) -> Any:
+        try:
+            return self._env.begin(**options)
+        except self._resized:  # another process has given the file more room
+            self._env.set_mapsize(0)
+            return self._env.begin(**options)
 
     def _stop(self, error: Exception) -> None:
         if self._writes:
@@ -153,7 +161,7 @@ class DiskStore:
 
     def _open(self, lmdb: Any, max_bytes: int | None) -> Any:
         path = self.folder / "data.mdb"
-        for attempt in (1, 2):
+        for _ in range(2):
             size = path.stat().st_size if path.exists() else 0
             room = max_bytes or shutil.disk_usage(self.folder).free // 2 + size
             options = {"map_size": max(room, size) + SLACK, "sync": False, "metasync": False, "readahead": False}
@@ -162,9 +170,10 @@ class DiskStore:
                 if (env.info()["last_pgno"] + 1) * env.stat()["psize"] <= path.stat().st_size:
                     return env
                 env.close()  # cut short: to read beyond its end would kill the process
-            except lmdb.Error:
-                if attempt == 2:
-                    raise
+            except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError):
+                pass
+            except lmdb.Error as error:  # not damaged: no memory for it, or no right to read it
+                self._refuse(error)
             warnings.warn(f"{path} cannot be read; the cache is begun again", UserWarning, stacklevel=2)
             for name in ("data.mdb", "lock.mdb"):
                 (self.folder / name).unlink(missing_ok=True)

@@ -93,7 +93,8 @@ def test_bits_are_those_of_a_run_without_it(make_trainer, arguments):
     assert losses(plain) == losses(cached)
     evaluated = EXAMPLES if "eval_strategy" in arguments else 0
     assert cache.stats.misses == EXAMPLES + evaluated
-    assert cache.stats.hits == (cached.args.num_train_epochs - 1) * cache.stats.misses
+    checked = 2 * cached.args.train_batch_size  # a batch runs in full when the boundary has moved
+    assert cache.stats.hits == (cached.args.num_train_epochs - 1) * cache.stats.misses - checked
     assert cache.active.off == ""
 
 
@@ -102,7 +103,9 @@ def test_an_example_goes_once_through_each_frozen_block(make_trainer):
     counts = count_rows(trainer.model)
     trainer.train()
     both_sets = 2 * EXAMPLES
-    assert counts == {0: both_sets, 1: both_sets, 2: (1 + 2) * both_sets, 3: (1 + 3) * both_sets}
+    # checks: one example alone; a batch at each of two transitions, in full and once more above the boundary
+    assert counts == {0: both_sets + 1 + 8, 1: both_sets + 1 + 8, 2: (1 + 2) * both_sets + 1 + 8 + 4,
+                      3: (1 + 3) * both_sets + 1 + 8 + 8}  # fmt: skip
 
 
 def test_boundary_moves_up_and_down(make_trainer):
@@ -116,7 +119,9 @@ def test_boundary_moves_up_and_down(make_trainer):
     plain, cached, _ = both(make_trainer, UP_AND_DOWN, model=model, num_train_epochs=5)
     assert hashes(plain.model) == hashes(cached.model)
     # block 2: once frozen, once trained in epoch 1, once frozen again with new weights, trained in epochs 3 and 4
-    assert counts[1] == {0: EXAMPLES, 1: EXAMPLES, 2: 5 * EXAMPLES, 3: 5 * EXAMPLES}
+    # and the checks: one example alone, a batch at each of three transitions, once more above the boundary
+    checks = {0: 1 + 12, 1: 1 + 12, 2: 1 + 12 + 4, 3: 1 + 12 + 12}
+    assert counts[1] == {block: rows * EXAMPLES + checks[block] for block, rows in enumerate((1, 1, 5, 5))}
 
 
 def test_resumed_run_ends_in_the_same_bits(make_trainer, tmp_path):
@@ -136,7 +141,8 @@ def test_padding_to_different_lengths(make_trainer):
     arguments = {"data": ragged_data(), "collator": pad, "num_train_epochs": 4, **SGD}
     plain, cached, cache = both(make_trainer, DOWN, model=lambda: tiny_bert().double(), **arguments)
     assert_close_weights(plain, cached)
-    assert (cache.stats.hits, cache.stats.misses) == (3 * EXAMPLES, EXAMPLES)
+    checked = 2 * plain.args.train_batch_size
+    assert (cache.stats.hits, cache.stats.misses) == (3 * EXAMPLES - checked, EXAMPLES)
 
 
 def test_padding_is_left_out_where_the_frozen_blocks_run(monkeypatch):
@@ -169,7 +175,8 @@ def test_padding_is_left_out_where_the_frozen_blocks_run(monkeypatch):
     lengths = [[len(row["input_ids"]) for row in rows] for rows in (data[7:14], data[14:21], data[21:22])]
     for own, padded, run in zip(lengths, whole[1:4], computed[1:4], strict=True):
         assert sum(own) <= run < padded
-    assert computed[0] == whole[0]  # the first forward is checked at its own shape
+    # the first forward is checked at its own shape, one of its examples alone, and the shortest without padding
+    assert computed[0] == whole[0] + batches[0]["input_ids"].shape[1] + min(len(row["input_ids"]) for row in data[:7])
     assert (computed[3], computed[4]) == (lengths[2][0], 0)
 
 
@@ -261,11 +268,11 @@ def test_hits_and_misses_in_one_batch():
     model, cache = tiny_bert().double(), FrozenPrefixCache()
     unfreezer = by_hand(model, cache)
     counts = count_rows(model)
-    for indices, computed in (((0, 1, 2), 3), ((2, 3, 0, 4), 2), ((4, 4), 0), ((5,), 1)):
+    for indices, computed in (((0, 1, 2), 3 + 1), ((2, 3, 0, 4), 2), ((4, 4), 0), ((5,), 1)):
         counts.clear()
         torch.manual_seed(7)
         logits = model(**batch_of(*indices)).logits
-        assert counts == (dict.fromkeys(range(BLOCKS), computed) if computed else {})
+        assert counts == (dict.fromkeys(range(BLOCKS), computed) if computed else {})  # the first: one alone besides
         twin = tiny_bert().double()
         twin.bert.embeddings.eval(), twin.bert.encoder.eval()
         torch.manual_seed(7)
