@@ -11,10 +11,15 @@ from ._named import NAMED, Value
 from ._spec import Time
 from .errors import ScheduleError, near_match
 
-__all__ = ["check_arguments", "read_arguments", "write_arguments"]
+__all__ = ["check_arguments", "from_python", "read_arguments", "write_arguments"]
 
 Arguments = tuple[tuple[str, Value], ...]
-_EXAMPLES = {"criterion": "relative_gradient_norm"}  # of arguments that must be given
+_EXAMPLES = {  # of arguments whose default shows no use of them
+    "criterion": "relative_gradient_norm",
+    "metric": "eval_loss",
+    "at_least": "1ep",
+    "at_most": "3ep",
+}
 _WORD = re.compile(r"[^\s,=()]+")
 
 
@@ -31,22 +36,63 @@ def read_arguments(name: str, text: str | None) -> Arguments:
         if number == 0 and row.positional and not equals:
             key, equals, value = row.positional, "=", key
         if key not in row.arguments or not equals:
+            hint = _only_time(name, key) if not equals else ""
             raise ScheduleError(
-                f"{part.strip()!r} is no argument of {name}. It takes {_example(name)}.{near_match(key, row.arguments)}"
+                f"{part.strip()!r} is no argument of {name}. It takes {_listed(name)}."
+                + (hint or near_match(key, row.arguments))
             )
         if key in given:
             raise ScheduleError(f"{name} is given {key} twice. Write it once.")
-        given[key] = _read(key, value, row.kind(key), row.arguments[key])
+        given[key] = _read(name, key, value)
     return check_arguments(name, given)
 
 
-def _example(name: str) -> str:
-    return ", ".join(f"{k}={_text(v)}" for k, v in NAMED[name].arguments.items()) or "no arguments"
+def from_python(name: str, given: dict[str, Any]) -> Arguments:
+    """Return every argument of a named schedule called as a function: times may be text, and numbers whole."""
+    return check_arguments(name, {key: _converted(name, key, value) for key, value in given.items()})
 
 
-def _read(key: str, text: str, kind: type, default: Value) -> Value:
-    if kind is Time:
+def _converted(name: str, key: str, value: Any) -> Any:
+    kind = NAMED[name].kind(key)
+    if kind is Time and isinstance(value, str):
+        return _time(name, key, value)
+    if kind is not float or isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return value  # which check_arguments refuses
+
+
+def _time(name: str, key: str, text: str) -> Time:
+    try:
         return Time.parse(text)
+    except ScheduleError as error:
+        raise ScheduleError(f"{name}: {key}={text} is of no use. {error}") from None
+
+
+def _only_time(name: str, text: str) -> str:
+    """Suggest the one argument that is a time for a time without a name."""
+    keys = [key for key in NAMED[name].arguments if NAMED[name].kind(key) is Time]
+    try:
+        return f" Write {keys[0]}={Time.parse(text)}." if len(keys) == 1 else ""
+    except ScheduleError:
+        return ""
+
+
+def _listed(name: str) -> str:
+    return ", ".join(f"{key}={_example(name, key)}" for key in NAMED[name].arguments) or "no arguments"
+
+
+def _example(name: str, key: str) -> str:
+    """Write a value that an argument can have: its default, or another where that tells nothing."""
+    return _EXAMPLES.get(key) or _text(NAMED[name].arguments[key])
+
+
+def _read(name: str, key: str, text: str) -> Value:
+    kind, default = NAMED[name].kind(key), NAMED[name].arguments[key]
+    if kind is Time:
+        return _time(name, key, text)
     if kind is bool:
         if text not in ("true", "false"):
             raise ScheduleError(f"{key}={text}: write {key}=true or {key}=false.")
@@ -68,11 +114,13 @@ def check_arguments(name: str, given: dict[str, Any]) -> Arguments:
     row = NAMED[name]
     arguments = {**row.arguments, **given}
     for key, value in arguments.items():
-        default, choices = row.arguments[key], row.choices.get(key)
+        default, choices, example = row.arguments[key], row.choices.get(key), f"{key}={_example(name, key)}"
         if not value and key in row.required:
             raise ScheduleError(f"{name} needs a {key}, which has no default. Write {name}({_EXAMPLES[key]}).")
         if not (type(value) is row.kind(key) or value is default is None):
-            raise ScheduleError(f"{name}: {key}={value!r} is of no use. Write for instance {key}={_text(default)}.")
+            raise ScheduleError(
+                f"{name}: {key}={value!r} is of no use. Write for instance {key}={_example(name, key)}."
+            )
         if choices and value not in choices:
             raise ScheduleError(
                 f"{name}: {key}={value} is none of {', '.join(choices)}.{near_match(str(value), choices)}"
@@ -82,7 +130,7 @@ def check_arguments(name: str, given: dict[str, Any]) -> Arguments:
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise ScheduleError(f"{name}: {key}={value} is no number from 0 up. Write for instance {key}=0.01.")
         if value in (0, Time(Fraction(0))) and not isinstance(value, bool) and key not in row.zero:
-            raise ScheduleError(f"{name}: {key} must be more than 0. Write for instance {key}={_text(default)}.")
+            raise ScheduleError(f"{name}: {key} must be more than 0. Write for instance {example}.")
         if isinstance(value, (int, float)) and value > row.most.get(key, value):
             raise ScheduleError(f"{name}: {key}={value} lies above {row.most[key]}. Write {key}={_text(default)}.")
     return tuple(arguments.items())

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._arguments import check_arguments
+from ._arguments import from_python
 from ._phases import Schedule
 from ._spec import Time
 
-__all__ = ["auto", "auto_rates", "build_named", "freeze_converged", "learn_rates", "plateau", "time_of"]
+__all__ = ["auto", "auto_rates", "build_named", "freeze_converged", "learn_rates", "plateau"]
 
 
 def build_named(name: str, given: dict[str, Any]) -> Schedule:
     """Return a named schedule; raise ScheduleError for an argument of no use."""
-    return Schedule(name=name, arguments=check_arguments(name, given))
-
-
-def time_of(value: str | Time) -> Time:
-    """Read a time that may be text."""
-    return value if isinstance(value, Time) else Time.parse(value)
+    return Schedule(name=name, arguments=from_python(name, given))
 
 
 def plateau(
@@ -58,10 +53,10 @@ def plateau(
 
     Reference: FTS, finetuning-scheduler (github.com/speediedan/finetuning-scheduler).
     """
-    given = {"metric": metric, "patience": patience, "min_delta": float(min_delta), "mode": mode, "stop": stop,
-             "back": back, "restore_best": restore_best, "blocks": blocks, "embeddings": embeddings}  # fmt: skip
-    times = {"at_least": time_of(at_least), "at_most": at_most if at_most is None else time_of(at_most)}
-    return build_named("plateau", {**given, **times})
+    given = {"metric": metric, "patience": patience, "min_delta": min_delta, "mode": mode, "at_least": at_least,
+             "at_most": at_most, "stop": stop, "back": back, "restore_best": restore_best, "blocks": blocks,
+             "embeddings": embeddings}  # fmt: skip
+    return build_named("plateau", given)
 
 
 def auto(
@@ -93,8 +88,8 @@ def auto(
 
     Reference: Surgical fine-tuning, arXiv 2210.11466.
     """
-    given = {"criterion": criterion, "blocks": blocks, "batches": batches, "embeddings": embeddings, "per": per}
-    return build_named("auto", {**given, "every": time_of(every)})
+    given = {"criterion": criterion, "blocks": blocks, "every": every, "batches": batches, "embeddings": embeddings}
+    return build_named("auto", {**given, "per": per})
 
 
 def freeze_converged(
@@ -117,8 +112,8 @@ def freeze_converged(
 
     Reference: AutoFreeze, arXiv 2102.01386.
     """
-    given = {"criterion": criterion, "percentile": percentile, "batches": batches}
-    return build_named("freeze_converged", {**given, "every": time_of(every)})
+    given = {"criterion": criterion, "percentile": percentile, "every": every, "batches": batches}
+    return build_named("freeze_converged", given)
 
 
 def auto_rates(criterion: str = "relative_gradient_norm", every: str | Time = "1ep", batches: int = 8) -> Schedule:
@@ -139,7 +134,7 @@ def auto_rates(criterion: str = "relative_gradient_norm", every: str | Time = "1
 
     Reference: Surgical fine-tuning, arXiv 2210.11466.
     """
-    return build_named("auto_rates", {"criterion": criterion, "every": time_of(every), "batches": batches})
+    return build_named("auto_rates", {"criterion": criterion, "every": every, "batches": batches})
 
 
 def learn_rates(speed: float = 0.5, start: float = 1.0, every: str | Time = "10%", batches: int = 8) -> Schedule:
@@ -163,5 +158,4 @@ def learn_rates(speed: float = 0.5, start: float = 1.0, every: str | Time = "10%
 
     Reference: hypergradient descent, arXiv 1703.04782.
     """
-    given = {"speed": float(speed), "start": float(start), "batches": batches}
-    return build_named("learn_rates", {**given, "every": time_of(every)})
+    return build_named("learn_rates", {"speed": speed, "start": start, "every": every, "batches": batches})

@@ -21,7 +21,7 @@ import re
 from pathlib import Path
 
 from ._arguments import read_arguments
-from ._deciding import auto, auto_rates, build_named, freeze_converged, learn_rates, plateau, time_of
+from ._deciding import auto, auto_rates, build_named, freeze_converged, learn_rates, plateau
 from ._phases import Phase, Schedule
 from ._spec import Entry, Selector, Time, spec_of
 from .errors import ScheduleError
@@ -122,7 +122,7 @@ def gradual(every: str | Time = "1ep", blocks: int = 1, embeddings: bool = True)
 
     Reference: ULMFiT, arXiv 1801.06146.
     """
-    return build_named("gradual", {"every": time_of(every), "blocks": blocks, "embeddings": embeddings})
+    return build_named("gradual", {"every": every, "blocks": blocks, "embeddings": embeddings})
 
 
 def top(share: float = 0.5) -> Schedule:
@@ -140,7 +140,7 @@ def top(share: float = 0.5) -> Schedule:
     Raises:
         ScheduleError: A share outside (0, 1].
     """
-    return build_named("top", {"share": float(share)})
+    return build_named("top", {"share": share})
 
 
 def linear_probe(until: str | Time = "1ep") -> Schedule:
@@ -155,7 +155,7 @@ def linear_probe(until: str | Time = "1ep") -> Schedule:
 
     Reference: LP-FT, arXiv 2202.10054.
     """
-    return build_named("linear_probe", {"until": time_of(until)})
+    return build_named("linear_probe", {"until": until})
 
 
 def all_at_once() -> Schedule:
@@ -195,8 +195,8 @@ def rotate(
 
     Reference: LISA, arXiv 2403.17919; BAdam, arXiv 2404.02827; HiFT, arXiv 2401.15207.
     """
-    given = {"blocks": blocks, "seed": seed, "order": order, "embeddings": embeddings, "head": head}
-    return build_named("rotate", {**given, "every": time_of(every)})
+    given = {"blocks": blocks, "every": every, "seed": seed, "order": order, "embeddings": embeddings, "head": head}
+    return build_named("rotate", given)
 
 
 def freeze_out(first: float = 0.8, cubed: bool = True, scaled: bool = True) -> Schedule:
@@ -220,4 +220,4 @@ def freeze_out(first: float = 0.8, cubed: bool = True, scaled: bool = True) -> S
 
     Reference: FreezeOut, arXiv 1706.04983.
     """
-    return build_named("freeze_out", {"first": float(first), "cubed": cubed, "scaled": scaled})
+    return build_named("freeze_out", {"first": first, "cubed": cubed, "scaled": scaled})

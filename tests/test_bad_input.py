@@ -25,7 +25,19 @@ from hf_unfreeze import (
 )
 from hf_unfreeze.errors import OptimizerError, ScheduleError, StructureError
 from hf_unfreeze.report import timeline
-from hf_unfreeze.schedule import Time
+from hf_unfreeze.schedule import (
+    Time,
+    auto,
+    auto_rates,
+    freeze_converged,
+    freeze_out,
+    gradual,
+    learn_rates,
+    linear_probe,
+    plateau,
+    rotate,
+    top,
+)
 from hf_unfreeze.unfreezer import Probe
 
 
@@ -112,6 +124,32 @@ CASES = {
         ScheduleError,
         "write a whole number",
     ),
+    "times as numbers": (
+        lambda: gradual(every=100),
+        ScheduleError,
+        r"gradual: every=100 is of no use\. Write for instance every=1ep\.",
+    ),
+    "no time": (lambda: gradual(every=None), ScheduleError, "every=None is of no use"),
+    "a time without a unit": (
+        lambda: gradual(every="1"),
+        ScheduleError,
+        "every=1 is of no use. 1 has no unit",
+    ),
+    "a probe of one": (lambda: linear_probe(until=1), ScheduleError, "Write for instance until=1ep"),
+    "turns of 20": (lambda: rotate(every=20), ScheduleError, "Write for instance every=20step"),
+    "a choice at each 5": (lambda: auto("fisher", every=5), ScheduleError, "every=5 is of no use"),
+    "convergence at each 5": (lambda: freeze_converged(every=5), ScheduleError, "every=5 is of no use"),
+    "rates at each 5": (lambda: auto_rates(every=5), ScheduleError, "every=5 is of no use"),
+    "learning at each 5": (lambda: learn_rates(every=5), ScheduleError, "every=5 is of no use"),
+    "patience without end": (lambda: plateau(at_most=3), ScheduleError, "Write for instance at_most=3ep"),
+    "patience from 0": (lambda: plateau(at_least=0), ScheduleError, "Write for instance at_least=1ep"),
+    "a gain of None": (lambda: plateau(min_delta=None), ScheduleError, "Write for instance min_delta=0.0"),
+    "a metric as a number": (lambda: plateau(3), ScheduleError, "Write for instance metric=eval_loss"),
+    "half as a word": (lambda: top("half"), ScheduleError, r"top: share='half' is of no use\. .* share=0\.5"),
+    "a share beyond floats": (lambda: top(10**400), ScheduleError, "is of no use"),
+    "yes for a share": (lambda: top(True), ScheduleError, "share=True is of no use"),
+    "a first of x": (lambda: freeze_out("x"), ScheduleError, "first='x' is of no use"),
+    "a start of None": (lambda: learn_rates(start=None), ScheduleError, "start=None is of no use"),
     "a schedule as bytes": (lambda: parse_schedule(b"gradual"), ScheduleError, "a string or a Schedule"),
     "a schedule as a class": (lambda: UnfreezeCallback(int), ScheduleError, "a string or a Schedule"),
 }

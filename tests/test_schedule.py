@@ -132,7 +132,11 @@ BAD = {
     "plateu(loss)": "Did you mean 'plateau'",
     "gradual(evry=1ep)": "Did you mean 'every'",
     "gradual(every)": "It takes every=1ep",
-    "gradual(every=1)": "1step, 1ep or 1%",
+    "gradual(every=1)": "gradual: every=1 is of no use. 1 has no unit. Write 1step, 1ep or 1%",
+    "gradual(1ep)": r"'1ep' is no argument of gradual\. .* Write every=1ep\.",
+    "linear_probe(20%)": r"Write until=20%\.",
+    "auto(fisher, 1ep)": r"Write every=1ep\.",
+    "plateau(eval_loss, 1ep)": r"at_least=1ep, at_most=3ep, .*embeddings=true\.$",  # two times: it could be either
     "gradual(every=0)": "more than 0",
     "gradual(blocks=0)": "more than 0",
     "gradual(blocks=1.5)": "whole number",
