@@ -118,9 +118,7 @@ def check_arguments(name: str, given: dict[str, Any]) -> Arguments:
         if not value and key in row.required:
             raise ScheduleError(f"{name} needs a {key}, which has no default. Write {name}({_EXAMPLES[key]}).")
         if not (type(value) is row.kind(key) or value is default is None):
-            raise ScheduleError(
-                f"{name}: {key}={value!r} is of no use. Write for instance {key}={_example(name, key)}."
-            )
+            raise ScheduleError(f"{name}: {key}={value!r} is of no use. Write for instance {example}.")
         if choices and value not in choices:
             raise ScheduleError(
                 f"{name}: {key}={value} is none of {', '.join(choices)}.{near_match(str(value), choices)}"

@@ -38,7 +38,8 @@ class Time:
     """A point in the run, or a distance in it, exact: ``Time.parse("1.5ep")``.
 
     Args:
-        value: Number of units, never negative, a decimal with an end; a whole number where the unit is ``step``.
+        value: Number of units, a ``Fraction`` or an int, never negative, a decimal with an end; a whole number where
+            the unit is ``step``.
         unit: ``step`` (optimizer updates), ``ep`` (epochs) or ``%`` (of all optimizer updates of the run).
     """
 
@@ -46,6 +47,13 @@ class Time:
     unit: str = "step"
 
     def __post_init__(self) -> None:
+        value: object = self.value
+        if not isinstance(value, (int, Fraction)) or isinstance(value, bool):
+            raise ScheduleError(f"a time is a whole number or a Fraction, not {value!r}. Write Time.parse('1.5ep').")
+        object.__setattr__(self, "value", Fraction(value))
+        _check_unit(self.unit, "", f"Time({value}, {self.unit!r})")
+        if value < 0:
+            raise ScheduleError(f"{value}{self.unit} lies before the run. Write 0 or more.")
         if self.value == 0:
             object.__setattr__(self, "unit", "step")
         if 10 ** self.value.denominator.bit_length() % self.value.denominator:  # has other factors than 2 and 5
@@ -66,11 +74,9 @@ class Time:
             raise ScheduleError(f"{text.strip()!r} is no time. Write 0, 500step, 1.5ep or 30%.")
         number, unit = match.groups()
         if not unit and Fraction(number) != 0:
-            raise ScheduleError(f"{number} has no unit. Write {number}step, {number}ep or {number}%.")
-        if unit and unit not in UNITS:
-            guess = next((u for u in UNITS if unit.lower().startswith(u)), "")
-            hint = f" Did you mean {number}{guess}?" if guess else near_match(unit, UNITS)
-            raise ScheduleError(f"{unit!r} in {text.strip()!r} is no unit. Units are step, ep and %.{hint}")
+            *others, last = map(str, _with_units(Fraction(number)))
+            raise ScheduleError(f"{number} has no unit. Write {', '.join(others)}{' or ' if others else ''}{last}.")
+        _check_unit(unit or "step", number, text.strip())
         return cls(Fraction(number), unit or "step")
 
     def to_step(self, total_steps: int | None, steps_per_epoch: int | None) -> int:
@@ -100,6 +106,20 @@ class Time:
             digits += 1
         number = f"{int(self.value * 10**digits):0{digits + 1}d}"
         return f"{number[:-digits]}.{number[-digits:]}{self.unit}" if digits else f"{number}{self.unit}"
+
+
+def _check_unit(unit: str, number: str, written: str) -> None:
+    if unit not in UNITS:
+        guess = next((u for u in UNITS if str(unit).lower().startswith(u)), "")
+        hint = f" Did you mean {number}{guess}?" if guess else near_match(str(unit), UNITS)
+        raise ScheduleError(f"{unit!r} in {written!r} is no unit. Units are step, ep and %.{hint}")
+
+
+def _with_units(number: Fraction) -> list[Time]:
+    """List what a number without a unit can mean: no step is a part of one, and 0.5 as a share is 50%."""
+    share = number if number >= 1 or number.denominator == 1 else number * 100
+    steps = [Time(number)] if number.denominator == 1 else []
+    return [*steps, Time(number, "ep"), *([Time(share, "%")] if share <= 100 else [])]
 
 
 _NO_STRUCTURE = (

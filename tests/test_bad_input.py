@@ -89,6 +89,17 @@ CASES = {
         ScheduleError,
         "1/15ep has no end as a decimal. .* 0.06667ep",
     ),
+    "a time as a float": (lambda: Time(1.5, "ep"), ScheduleError, r"or a Fraction, not 1\.5\. Write Time\.parse"),
+    "a time as text": (lambda: Time("1ep"), ScheduleError, "a time is a whole number or a Fraction, not '1ep'"),
+    "a time as a truth": (lambda: Time(True), ScheduleError, "not True"),
+    "a time before 0": (lambda: Time(Fraction(-1)), ScheduleError, r"-1step lies before the run\. Write 0 or more"),
+    "a time in epochs": (
+        lambda: Time(Fraction(3), "epochs"),
+        ScheduleError,
+        r"'epochs' in .* is no unit\. Units are step, ep and %\. Did you mean ep\?",
+    ),
+    "nothing in epochs": (lambda: Time(Fraction(0), "epochs"), ScheduleError, "is no unit"),
+    "a time without any unit": (lambda: Time(Fraction(3), None), ScheduleError, "None in .* is no unit"),
     "a step before the first": (
         lambda: unfreezer().step(-1),
         UnfreezeError,

@@ -144,7 +144,11 @@ BAD = {
     "gradual(embeddings=yes)": "true or embeddings=false",
     "gradual(every=1ep, every=2ep)": "twice",
     "all_at_once(1)": "no arguments",
-    "head@1": "1step, 1ep or 1%",
+    "head@1": r"1 has no unit\. Write 1step, 1ep or 1%\.",
+    "all@0.5": r"0\.5 has no unit\. Write 0\.5ep or 50%\.",
+    "all@33.3": r"Write 33\.3ep or 33\.3%\.",
+    "all@500": r"Write 500step or 500ep\.",
+    "all@100.5": r"Write 100\.5ep\.",
     "head@1epoch": r"Did you mean 1ep\?",
     "head@5steps": r"Did you mean 5step\?",
     "head@-1step": "is no time",
@@ -289,3 +293,8 @@ def test_any_text_parses_or_is_refused(text):
 
 def test_thirds_have_no_decimal_form_but_compare():
     assert Time(Fraction(1, 2), "ep") == Time.parse("0.5ep")
+
+
+def test_a_time_may_be_made_of_a_whole_number():
+    time = Time(3, "ep")
+    assert time == Time.parse("3ep") and isinstance(time.value, Fraction) and str(time) == "3ep"
