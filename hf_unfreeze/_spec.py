@@ -15,8 +15,14 @@ __all__ = ["BLOCK", "Entry", "Group", "Selector", "Time", "spec_of"]
 
 BLOCK = re.compile(r"(?:(.+)\.)?block\[(\d+)\]")  # the name of a block: its stack and its index
 UNITS = ("step", "ep", "%")
+_SINGLE = ("all", "head", "embeddings", "connector")  # groups that have no index
 _TIME = re.compile(r"(\d{1,999}(?:\.\d{1,999})?)\s*([A-Za-z%]*)")  # Python reads no whole number over 4,300 digits
 _SELECTOR = re.compile(r"(?:([A-Za-z_][\w.]*)\.)?([A-Za-z_]\w*)\s*(?:\[([^\]]*)\])?")
+_SLIPS = (  # what is written now and then, what is meant, and how to say so
+    (r"(@\s*[\d.]+\s*(?:step|ep|%)?)\s+(?=-?\s*[A-Za-z_][^@]*@)|\s*;\s*", r"\1, ", "a comma", "between two entries"),
+    (r"\A([^@*]*)@([^@*]*)\*([^@*]*)\Z", r"\1*\3@\2", "the rate", "before @"),
+    (r"\A([^@:()\[\]]+(?:\[[^\]]*\][^@:()\[\]]*)?):([^@()\[\]]*)\Z", r"\1@\2", "the time", "after @"),
+)
 _INDEX = re.compile(r"(-?\d{1,999})|(-?\d{1,999})?\s*:\s*(-?\d{1,999})?")
 
 
@@ -149,6 +155,8 @@ class Selector:
         """Read a selector; raise ScheduleError that says what is wrong with it."""
         match = _SELECTOR.fullmatch(text.strip())
         if not match:
+            if _SELECTOR.fullmatch(f"{text.strip()}]"):
+                raise ScheduleError(f"{text.strip()!r}: the bracket is not closed. Write {cls.parse(f'{text}]')}.")
             raise ScheduleError(
                 f"{text.strip()!r} is no selector. Write head, embeddings, block[3], block[-4:], decoder.block or all."
             )
@@ -159,7 +167,11 @@ class Selector:
         if not bounds:
             raise ScheduleError(f"[{index}] is no index. Write block[3], block[-4:] or block[2:5].")
         if group != "block":
-            raise ScheduleError(f"only blocks have an index, {group!r} has none. Write {group} or block[{index}].")
+            prefix = f"{stack}." if stack else ""
+            plain = f"{prefix}{group} or " if group in _SINGLE else ""
+            raise ScheduleError(
+                f"only blocks have an index, {group!r} has none. Write {plain}{prefix}block[{index.strip()}]."
+            )
         single, start, stop = (None if part is None else int(part) for part in bounds.groups())
         return cls(group, stack or "", single if single is not None else (start, stop))
 
@@ -213,6 +225,11 @@ class Entry:
     @classmethod
     def parse(cls, text: str) -> Entry:
         """Read ``block[-4:]@1ep``, ``block[0]*0.1@1ep`` or ``-embeddings@50%``."""
+        for slip, meant, part, place in _SLIPS:
+            mended = re.sub(slip, meant, text.strip())
+            if mended != text.strip():
+                entries = ", ".join(str(cls.parse(entry)) for entry in mended.split(",") if entry.strip())
+                raise ScheduleError(f"{text.strip()!r}: {part} stands {place}. Write {entries or 'head@0, all@1ep'}.")
         what, at, when = text.partition("@")
         if not at:
             raise ScheduleError(f"{text.strip()!r} has no time. Write {text.strip() or 'head'}@0 or …@1ep.")

@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 _NAMED = re.compile(r"([A-Za-z_]\w*)\s*(?:\((.*)\))?", re.DOTALL)
+_UNCLOSED = re.compile(r"[A-Za-z_]\w*\s*\([^()]*")
 RECOMMENDED = "top(0.4)"  # by recipes/benchmark.py: see the guide
 
 
@@ -73,6 +74,9 @@ def parse_schedule(spec: str | Schedule) -> Schedule:
     if named:
         name, text = named.groups()
         return Schedule(name=name, arguments=read_arguments(name, text))
+    if _UNCLOSED.fullmatch(spec.strip()):
+        parse_schedule(f"{spec})")  # has faults of its own, which come first
+        raise ScheduleError(f"{spec.strip()!r}: the bracket is not closed. Write {spec.strip()}).")
     entries: list[Entry] = []
     faults: list[str] = []
     for position, part in enumerate(spec.split(","), 1):
