@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Protocol
 
@@ -194,9 +194,14 @@ class Selector:
             )
         found = [name for names in stacks.values() for name in self._take(names)]
         if not found:
+            most = max(stacks.values(), key=len)
+            if isinstance(self.index, tuple) and all(b is None or -len(most) <= b < len(most) for b in self.index):
+                turned = replace(self, index=self.index[::-1])
+                meant = turned if turned._take(most) else replace(self, index=self.index[0])
+                raise ScheduleError(f"{self} is empty: it ends at or below its start. Write {meant}.")
             sizes = ", ".join(f"{len(names)} {f'in {stack}' if stack else 'blocks'}" for stack, names in stacks.items())
-            most = max(map(len, stacks.values()))
-            raise ScheduleError(f"{self} lies outside this model ({sizes}). Write block[0] to block[{most - 1}].")
+            first, last = replace(self, index=0), replace(self, index=len(most) - 1)
+            raise ScheduleError(f"{self} lies outside this model ({sizes}). Write {first} to {last}.")
         return found
 
     def _take(self, names: list[str]) -> list[str]:

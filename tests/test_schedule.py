@@ -105,6 +105,13 @@ def test_several_stacks():
     ]
 
 
+def test_an_index_outside_one_stack_is_told_by_the_name_of_that_stack():
+    with pytest.raises(UnfreezeError, match=r"2 in decoder\)\. Write decoder\.block\[0\] to decoder\.block\[1\]"):
+        plan("decoder.block[2]@0", towers())
+    with pytest.raises(UnfreezeError, match=r"Write decoder\.block\[0:1\]\."):
+        plan("decoder.block[1:0]@0", towers())
+
+
 def test_parallel_towers_open_together():
     groups = [
         Group("embeddings", level=0),
@@ -192,6 +199,12 @@ BAD = {
     "block[4]@0": r"block\[0\] to block\[3\]",
     "block[-5]@0": r"block\[0\] to block\[3\]",
     "block[4:]@0": "lies outside",
+    "block[3:9]@0, block[5:2]@0": r"block\[5:2\] lies outside",
+    "block[3:1]@0": r"block\[3:1\] is empty: it ends at or below its start\. Write block\[1:3\]\.",
+    "block[-1:-3]@0": r"Write block\[-3:-1\]\.",
+    "block[2:2]@0": r"Write block\[2\]\.",
+    "block[2:-2]@0": r"Write block\[2\]\.",
+    "block[:0]@0": r"Write block\[0:\]\.",
     "decoder.block@0": "matches nothing",
     "block[0]@1ep": "trains nothing from step 0",
     "all@0, -all@2ep": "trains nothing from step 14",
@@ -256,7 +269,7 @@ def test_valid_schedules_round_trip_and_their_phases_are_ordered(spec, total, pe
     try:
         phases = schedule.phases(single(), total, per_epoch)
     except UnfreezeError as error:
-        assert "trains nothing" in str(error) or "lies outside" in str(error)
+        assert "trains nothing" in str(error) or "lies outside" in str(error) or "is empty" in str(error)
         return
     starts = [phase.start for phase in phases]
     assert starts[0] == 0 and starts == sorted(set(starts))
