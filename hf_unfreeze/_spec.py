@@ -142,7 +142,7 @@ class Selector:
 
     Args:
         group: ``all``, ``head``, ``embeddings``, ``block`` or another name that ``layer_groups`` gives.
-        stack: Only groups of this stack; empty for those of every stack.
+        stack: Only groups of this stack, or of those within it; empty for those of every stack.
         index: Blocks wanted, as in Python: an integer, a ``(start, stop)`` pair, or None for all.
     """
 
@@ -179,11 +179,7 @@ class Selector:
         """Return the names of the groups meant, bottom → top; raise ScheduleError where there is none."""
         if self.group == "all" and not self.stack:
             return [group.name for group in groups]
-        stacks: dict[str, list[str]] = {}
-        for group in groups:
-            base = group.name.removeprefix(f"{group.stack}.").partition("[")[0]
-            if self.group in (base, "all") and self.stack in ("", group.stack):
-                stacks.setdefault(group.stack, []).append(group.name)
+        stacks = self._stacks(groups)
         if not stacks and [group.name for group in groups] == ["all_parameters"]:
             raise ScheduleError(f"{self} matches nothing: {_NO_STRUCTURE}")
         if not stacks:
@@ -202,6 +198,18 @@ class Selector:
             sizes = ", ".join(f"{len(names)} {f'in {stack}' if stack else 'blocks'}" for stack, names in stacks.items())
             first, last = replace(self, index=0), replace(self, index=len(most) - 1)
             raise ScheduleError(f"{self} lies outside this model ({sizes}). Write {first} to {last}.")
+        return found
+
+    def _stacks(self, groups: Sequence[Group]) -> dict[str, list[str]]:
+        """Return the names that fit by stack: of the one named, or where it has none, of the stacks within it."""
+        found: dict[str, list[str]] = {}
+        for group in groups:
+            stack, _, base = group.name.partition("[")[0].rpartition(".")
+            stack = group.stack if self.group == "all" else stack
+            if self.group in (base, "all") and (not self.stack or f"{stack}.".startswith(f"{self.stack}.")):
+                found.setdefault(stack, []).append(group.name)
+        if self.stack in found and self.group != "all":
+            return {self.stack: found[self.stack]}
         return found
 
     def _take(self, names: list[str]) -> list[str]:

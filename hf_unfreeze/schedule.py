@@ -11,7 +11,8 @@ The language, in full::
 
 Spaces are free. An entry takes effect at the first optimizer step that begins at or after its time. Entries act in
 the order of their steps; at the same step in the order in which they are written, so the later one wins. A selector
-without a stack means that group of every stack: ``block[-4:]`` is the last four blocks of each.
+without a stack means that group of every stack: ``block[-4:]`` is the last four blocks of each. ``base.block[-4:]``
+is those of ``base.encoder`` and ``base.decoder`` where ``base`` has no blocks of its own; ``base.all`` is all of it.
 """
 
 from __future__ import annotations
