@@ -14,6 +14,8 @@ from .errors import ScheduleError
 
 __all__ = ["Phase", "Schedule", "is_transition"]
 
+_EXAMPLE = (Entry.parse("head@0"), Entry.parse("block[-1]@0"))
+
 
 def is_transition(record: Any) -> bool:
     """Tell a transition from what anybody else wrote into ``log_history``."""
@@ -63,6 +65,7 @@ class Schedule:
     entries: tuple[Entry, ...] = ()
     name: str = ""
     arguments: tuple[tuple[str, Value], ...] = ()
+    _kind = "schedule"  # what messages call it
 
     @classmethod
     def from_log(cls, log_history: Iterable[Any]) -> Schedule:
@@ -131,9 +134,9 @@ class Schedule:
             rates_at = tuple((name, opened[name]) for name in names_at if opened[name] != 1)
             if not names_at:
                 raise ScheduleError(
-                    f"schedule {str(self)!r} trains nothing from step {start} on"
+                    f"{self._kind} {str(self)!r} trains nothing from step {start} on"
                     + (f" ({', '.join(sorted(opened))} has no parameter of its own in this model)" if opened else "")
-                    + ". Open something at that time, for instance head@0 or block[-1]@0."
+                    + f". Open something at that time, for instance {' or '.join(map(self._write, _EXAMPLE))}."
                 )
             if not phases or (names_at, rates_at) != (phases[-1].trainable, phases[-1].rates):
                 phases.append(Phase(start, names_at, rates=rates_at))
@@ -160,13 +163,16 @@ class Schedule:
                 change = entry.time, frozenset(entry.selector.select(groups)), entry.freeze
                 changes.append((change, entry.rate))
             except ScheduleError as error:
-                faults.append(f"{entry}: {error}")
+                faults.append(f"{self._write(entry)}: {error}")
         if faults:
-            raise ScheduleError(f"schedule {str(self)!r} does not fit the model.\n  " + "\n  ".join(faults))
+            raise ScheduleError(f"{self._kind} {str(self)!r} does not fit the model.\n  " + "\n  ".join(faults))
         return changes
+
+    def _write(self, entry: Entry) -> str:
+        return str(entry)
 
     def __str__(self) -> str:
         if not self.name:
-            return ", ".join(map(str, self.entries))
+            return ", ".join(map(self._write, self.entries))
         arguments = write_arguments(self.name, self.arguments)
         return f"{self.name}({arguments})" if arguments else self.name

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 from ._arguments import read_arguments
@@ -78,16 +80,20 @@ def parse_schedule(spec: str | Schedule) -> Schedule:
     if _UNCLOSED.fullmatch(spec.strip()):
         parse_schedule(f"{spec})")  # has faults of its own, which come first
         raise ScheduleError(f"{spec.strip()!r}: the bracket is not closed. Write {spec.strip()}).")
+    return Schedule(_entries("schedule", spec, Entry.parse))
+
+
+def _entries(kind: str, text: str, read: Callable[[str], Entry]) -> tuple[Entry, ...]:
     entries: list[Entry] = []
     faults: list[str] = []
-    for position, part in enumerate(spec.split(","), 1):
+    for position, part in enumerate(text.split(","), 1):
         try:
-            entries.append(Entry.parse(part))
+            entries.append(read(part))
         except ScheduleError as error:
             faults.append(f"entry {position}: {error}")
     if faults:
-        raise ScheduleError(f"schedule {spec!r} cannot be read.\n  " + "\n  ".join(faults)) from None
-    return Schedule(tuple(entries))
+        raise ScheduleError(f"{kind} {text!r} cannot be read.\n  " + "\n  ".join(faults)) from None
+    return tuple(entries)
 
 
 def _replay(path: Path) -> Schedule:
@@ -107,7 +113,24 @@ def parse_selectors(selectors: str) -> Schedule:
     """
     if not isinstance(selectors, str) or "*" in selectors:
         raise ScheduleError(f"selectors are a string such as 'head, block[-2:]', not {selectors!r}.")
-    return parse_schedule(", ".join(f"{part}@0" for part in selectors.split(",")))
+    return _Selection(_entries(_Selection._kind, selectors, _timeless))
+
+
+class _Selection(Schedule):
+    """Selectors without times: messages write them as they were given."""
+
+    _kind = "selection"
+
+    def _write(self, entry: Entry) -> str:
+        return str(entry).partition("@")[0]
+
+
+def _timeless(text: str) -> Entry:
+    what, at, _ = (piece.strip() for piece in text.partition("@"))
+    selector = Selector.parse(what.removeprefix("-"))
+    if at:
+        raise ScheduleError(f"{text.strip()!r} has a time, and selectors have none. Write {what}.")
+    return Entry(selector, Time(Fraction(0)), freeze=what.startswith("-"))
 
 
 def gradual(every: str | Time = "1ep", blocks: int = 1, embeddings: bool = True) -> Schedule:

@@ -73,8 +73,27 @@ CASES = {
     ),
     "an evaluation at no step": (lambda: unfreezer().observe({}, "3"), UnfreezeError, "global_step='3' is no whole"),
     "selectors that match nothing": (lambda: set_trainable(tiny_bert(), "hed"), ScheduleError, "Did you mean 'head'"),
-    "selectors that leave nothing": (lambda: set_trainable(tiny_bert(), "-all"), ScheduleError, "trains nothing"),
-    "selectors with times": (lambda: set_trainable(tiny_bert(), "head@0"), ScheduleError, "is no time"),
+    "selectors that leave nothing": (
+        lambda: set_trainable(tiny_bert(), "-all"),
+        ScheduleError,
+        r"^selection '-all' trains nothing from step 0 on\. .* for instance head or block\[-1\]\.$",
+    ),
+    "selectors with times": (
+        lambda: set_trainable(tiny_bert(), "embeddings, -head@0"),
+        ScheduleError,
+        r"^selection 'embeddings, -head@0' cannot be read\.\n  entry 2: '-head@0' has a time, and selectors have "
+        r"none\. Write -head\.$",
+    ),
+    "selectors that cannot be read": (
+        lambda: set_trainable(tiny_bert(), "head, layer[0]"),
+        ScheduleError,
+        r"^selection 'head, layer\[0\]' cannot be read\.\n  entry 2: only blocks have an index",
+    ),
+    "selectors of another model": (
+        lambda: set_trainable(tiny_bert(), "-hed, head"),
+        ScheduleError,
+        r"^selection '-hed, head' does not fit the model\.\n  -hed: hed matches nothing",
+    ),
     "no selectors": (lambda: set_trainable(tiny_bert(), ""), ScheduleError, "is no selector"),
     "selectors as a list": (lambda: set_trainable(tiny_bert(), ["head"]), ScheduleError, "selectors are a string"),
     "a decay of 2": (lambda: param_groups_layer_decay(tiny_bert(), 1e-3, layer_decay=2), UnfreezeError, "outside"),
