@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ._arguments import check_arguments
 from .errors import ScheduleError, near_match
 
 __all__ = ["AGREEMENT", "Criterion", "Evidence", "find_criterion", "register_criterion"]
@@ -129,6 +130,7 @@ _CRITERIA = {
     "gradient_change": Criterion(gradient_change, before=True),
     "cka": Criterion(cka, outputs=True),
 }
+_BUILT_IN = dict(_CRITERIA)
 
 
 def register_criterion(
@@ -144,13 +146,26 @@ def register_criterion(
         >>> register_criterion("gradient_norm", lambda evidence: float(sum(g.norm() for g in evidence.gradients)))
 
     Args:
-        name: As in a schedule, a word without spaces and commas; one that exists is replaced.
+        name: As in a schedule, a word without spaces and commas. One of your own is replaced, so that a cell of a
+            notebook can run again; those built in stay.
         function: Of the evidence on one block; more is better.
         validation: Whether it asks for validation gradients.
         before: Whether it asks for the norm of the gradient at the measurement before; the first is at step 0.
         outputs: Whether it asks for the block's output, now and in the model with which the run began.
+
+    Raises:
+        ScheduleError: The name is no word, or that of another criterion which is built in; or the function is none.
     """
-    _CRITERIA[name] = Criterion(function, validation, before, outputs)
+    check_arguments("auto", {"criterion": name})
+    if not callable(function):
+        raise ScheduleError(
+            f"criterion {name!r}: {function!r} is no function. Write one that takes the evidence on a block and "
+            "returns a number."
+        )
+    criterion = Criterion(function, validation, before, outputs)
+    if _BUILT_IN.get(name, criterion) != criterion:
+        raise ScheduleError(f"{name!r} is a criterion that is built in. Give yours another name, such as my_{name}.")
+    _CRITERIA[name] = criterion
 
 
 def find_criterion(name: str) -> Criterion:

@@ -52,6 +52,30 @@ def opened(trainer):
     return [(r["step"], r["unfreeze/trainable"]) for r in trainer.state.log_history if "unfreeze/phase" in r]
 
 
+@pytest.mark.parametrize(
+    ("name", "function", "message"),
+    [
+        ("my criterion", module.fisher, "criterion='my criterion' is no word. Write it without spaces"),
+        ("a,b", module.fisher, "is no word"),
+        ("", module.fisher, "needs a criterion"),
+        (3, module.fisher, "criterion=3 is of no use"),
+        ("fisher", module.cka, "'fisher' is a criterion that is built in. .*such as my_fisher"),
+        ("mine", 0.5, "criterion 'mine': 0.5 is no function"),
+    ],
+)
+def test_a_name_that_cannot_be_used_is_refused_when_it_is_given(name, function, message):
+    known = dict(module._CRITERIA)
+    with pytest.raises(ScheduleError, match=message):
+        register_criterion(name, function)
+    assert known == module._CRITERIA
+
+
+def test_the_same_criterion_and_one_of_your_own_may_be_given_again():
+    register_criterion("cka", module.cka, outputs=True)
+    register_criterion("top", module.fisher)
+    assert module.find_criterion("top").function is module.fisher
+
+
 def test_the_spec_is_the_function():
     assert auto("fisher", blocks=2, every="20%") == parse_schedule("auto(fisher, blocks=2, every=20%)")
     assert parse_schedule(str(auto("fisher"))) == auto("fisher")
