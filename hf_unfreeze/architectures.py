@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import StructureError
 
@@ -34,6 +35,9 @@ class Architecture:
             stacks is bottom → top. The name is empty where there is one stack.
         embeddings: Paths of embeddings, stems, position tables and relative-bias tables.
         parallel: Whether the stacks are towers side by side, which open together from the top.
+
+    Raises:
+        StructureError: The stacks are no dict, or paths are no tuple of strings.
     """
 
     model_type: str
@@ -48,10 +52,24 @@ class Architecture:
         embeddings: tuple[str, ...],
         parallel: bool = False,
     ) -> None:
+        if not isinstance(stacks, dict):
+            raise StructureError(
+                f"{model_type!r}: stacks={stacks!r} is no dict of stack name and paths. "
+                'Write {"": ("layers",)}, or {"encoder": ("encoder.layers",), "decoder": ("decoder.layers",)}.'
+            )
+        paths = tuple((name, _paths(f"{model_type!r}: stack {name!r}", given)) for name, given in stacks.items())
         object.__setattr__(self, "model_type", model_type)
-        object.__setattr__(self, "stacks", tuple(stacks.items()))
-        object.__setattr__(self, "embeddings", embeddings)
+        object.__setattr__(self, "stacks", paths)
+        object.__setattr__(self, "embeddings", _paths(f"{model_type!r}: embeddings", embeddings))
         object.__setattr__(self, "parallel", parallel)
+
+
+def _paths(what: str, given: Any) -> tuple[str, ...]:
+    """Return paths as a tuple; a string is none, for it would be read letter by letter."""
+    if isinstance(given, (tuple, list)) and all(isinstance(path, str) for path in given):
+        return tuple(given)
+    example = (given,) if isinstance(given, str) else ("layers",)
+    raise StructureError(f"{what} is {given!r}, and no tuple of paths. Write {example!r}, with the comma.")
 
 
 _Stacks = dict[str, tuple[str, ...]]
@@ -130,6 +148,13 @@ def register_architecture(architecture: Architecture) -> None:
     Packages do it without being imported by an entry point in the group ``hf_unfreeze.architectures``: a function
     without arguments that calls this one.
 
+    Example:
+        >>> register_architecture(Architecture("my_model", {"": ("tower.layers",)}, ("tok_emb", "pos_emb")))
+        >>> unfreezer = Unfreezer(my_model, optimizer, "gradual(every=100step)")
+
+    Args:
+        architecture: The row; its ``model_type`` is that of your model's config.
+
     Raises:
         StructureError: The model type has a row already.
     """
@@ -157,8 +182,8 @@ def find_architecture(model_type: str | None) -> Architecture | None:
     return _REGISTRY.get(model_type or "")
 
 
-def markdown_table(rows: tuple[Architecture, ...] = BUILT_IN) -> str:
-    """Write rows as a page in Markdown; ``hf_unfreeze/ARCHITECTURES.md`` is this page of the rows built in.
+def markdown_table() -> str:
+    """Write the rows built in as a page in Markdown: ``hf_unfreeze/ARCHITECTURES.md``.
 
     Example:
         >>> print(markdown_table().splitlines()[0])
@@ -174,7 +199,7 @@ def markdown_table(rows: tuple[Architecture, ...] = BUILT_IN) -> str:
         "| model type | blocks, bottom → top | embeddings |",
         "|---|---|---|",
     ]
-    for row in rows:
+    for row in BUILT_IN:
         stacks = "; ".join(
             f"{stack + ': ' if stack else ''}{' or '.join(f'`{path}`' for path in paths)}"
             for stack, paths in row.stacks

@@ -172,10 +172,10 @@ def _groups(arguments: argparse.Namespace) -> None:
 
 
 def _architectures(arguments: argparse.Namespace) -> None:
-    from .architectures import BUILT_IN, list_architectures, markdown_table
+    from .architectures import list_architectures, markdown_table
 
     if arguments.markdown:
-        print(markdown_table(BUILT_IN), end="")  # noqa: T201
+        print(markdown_table(), end="")  # noqa: T201
         return
     rows = [{"model_type": architecture.model_type} for architecture in list_architectures()]
     _show(
