@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -24,6 +27,7 @@ __all__ = ["group_names", "history_of", "timeline", "trains"]
 _METRICS = ("accuracy", "f1", "wer", "loss")
 _COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182")
 _ROW = 0.28  # inches
+_PEFT = ("base.", "adapter.")  # bottom → top, where the base of a PEFT model opens too
 
 Records = Sequence[dict[str, Any]]
 
@@ -35,15 +39,16 @@ def timeline(run: Any, metric: str | None = None, *, pretrained: Any = None) -> 
         >>> timeline(trainer).savefig("timeline.png")
 
     Args:
-        run: A Trainer that has trained, or its ``state.log_history``.
+        run: A Trainer that has trained, its ``state`` or ``state.log_history``; or a ``trainer_state.json``, as a dict
+            or by its path.
         metric: Key of the evaluation metric drawn below; by default accuracy, else F1, word errors or the loss, of
             each data set that was evaluated.
         pretrained: The model as it was, or its ``state_dict()``: draws beside each row how far the weights of the
             group have gone from there (L2 distance); ``run`` is then the Trainer.
 
     Raises:
-        UnfreezeError: The history holds no learning rate of a group, or no such metric; or the weights cannot be
-            compared.
+        UnfreezeError: The run is none of these, its history holds no learning rate of a group or no such metric, or the
+            weights cannot be compared.
     """
     from matplotlib.figure import Figure
 
@@ -80,9 +85,25 @@ def timeline(run: Any, metric: str | None = None, *, pretrained: Any = None) -> 
 
 
 def history_of(run: Any) -> Records:
-    """Return the ``log_history`` of a Trainer, or the one given."""
-    history: Records = run if isinstance(run, (list, tuple)) else run.state.log_history
-    return history
+    """Return the ``log_history`` of a run: a Trainer, its state, that as a dict or a file, or the history itself."""
+    found = _read(run) if isinstance(run, (str, os.PathLike)) else getattr(run, "state", run)
+    found = found.get("log_history") if isinstance(found, Mapping) else getattr(found, "log_history", found)
+    if not isinstance(found, (list, tuple)):
+        raise UnfreezeError(
+            f"{run!r:.200} is no run. Give a Trainer that has trained, its state.log_history, or the path of a "
+            "trainer_state.json."
+        )
+    return [record for record in found if isinstance(record, dict)]
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnfreezeError(
+            f"{os.fspath(path)!r} cannot be read as a trainer_state.json ({type(error).__name__}: {error}). Give the "
+            "path of one, as trainer.save_state() and every checkpoint write it."
+        ) from None
 
 
 def group_names(history: Records) -> list[str]:
@@ -90,6 +111,14 @@ def group_names(history: Records) -> list[str]:
     names = list(dict.fromkeys(key[3:] for record in history for key in record if key.startswith("lr/")))
     if names != sorted(names):
         return names  # as they were logged
+    if not all(name.startswith(_PEFT) for name in names):
+        return _arranged(names)
+    parts = {part: [name.removeprefix(part) for name in names if name.startswith(part)] for part in _PEFT}
+    return [part + name for part, own in parts.items() for name in _arranged(own)]
+
+
+def _arranged(names: Sequence[str]) -> list[str]:
+    """Order groups by their names alone, bottom → top."""
     stacks = dict.fromkeys(_place(name)[1] for name in names)  # a saved history has its keys sorted as text
     order = [stack for tier in arrange(stacks, parallel=False) for stack in tier]
     return sorted(names, key=lambda name: (_place(name)[0], order.index(_place(name)[1]), _place(name)[2]))
@@ -154,6 +183,8 @@ def _rates(name: str, edges: Sequence[int], history: Records) -> list[float]:
     steps = [record["step"] for record in logs]
     own = [(record["step"], float(record[f"lr/{name}"])) for record in logs if record[f"lr/{name}"] > 0]
     opened = [(r["step"], trains(r["unfreeze/trainable"], name)) for r in past_transitions(history)]
+    if opened and opened[0][0] > 0:
+        opened.insert(0, (0, True))  # as all_at_once, and a run without the callback, which record nothing
     starts = [step for step, _ in opened]
     rates = []
     for start, end in pairwise(edges):

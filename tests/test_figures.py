@@ -52,6 +52,15 @@ def test_what_the_next_log_finds_frozen_has_the_nearest_rate_of_its_own():
     assert cells(timeline(history), 3) == [[0.1, 0.1, None, None], [0.2, 0.3, None, 0.3], [None, None, 0.3, None]]
 
 
+def test_before_the_first_transition_of_a_run_all_trained():
+    history = [
+        {"lr/block[0]": 0.1, "lr/head": 0.2, "loss": 1.0, "step": 2},
+        trainable({"unfreeze/trainable": "head", "step": 4}),
+        {"lr/block[0]": 0.0, "lr/head": 0.3, "loss": 1.0, "step": 6},
+    ]
+    assert cells(timeline(history), 2) == [[0.1, 0.1, None], [0.2, 0.3, 0.3]]
+
+
 def test_every_data_set_of_a_dict_has_a_line(make_trainer):
     trainer = make_trainer(UnfreezeCallback("head@0"), max_steps=14, eval_strategy="epoch")
     trainer.eval_dataset = {"old": tiny_data(1), "new": tiny_data(2)}
@@ -71,6 +80,9 @@ def test_the_embeddings_are_lowest_and_a_connector_lies_between_its_stacks():
     names = ["embeddings", "vision.block[0]", "vision.block[1]", "connector", "text.block[2]", "text.block[10]", "head"]
     for keys in (names, sorted(names)):  # as logged, and as saved
         assert labels(timeline([{**{f"lr/{name}": 0.1 for name in keys}, "loss": 1.0, "step": 1}])) == names
+    peft = [f"{part}.{name}" for part in ("base", "adapter") for name in names]
+    for keys in (peft, sorted(peft)):
+        assert labels(timeline([{**{f"lr/{name}": 0.1 for name in keys}, "loss": 1.0, "step": 1}])) == peft
     encoder_decoder = ["embeddings", "encoder.block[0]", "connector", "decoder.block[0]", "head"]
     assert labels(timeline([{f"lr/{name}": 0.1 for name in encoder_decoder} | {"step": 1}])) == encoder_decoder
     assert labels(timeline([{f"lr/{name}": 0.1 for name in sorted(encoder_decoder)} | {"step": 1}]))[0] == "embeddings"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,8 +29,9 @@ def test_timeline_of_a_run_and_of_its_saved_state(make_trainer, tmp_path):
     trainer = make_trainer(UnfreezeCallback("gradual"), eval_strategy="epoch")
     trainer.train()
     trainer.save_state()
-    saved = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
-    for run in (trainer, saved):
+    path = tmp_path / "run" / "trainer_state.json"
+    saved = json.loads(path.read_text())
+    for run in (trainer, trainer.state, trainer.state.log_history, path, str(path), saved, saved["log_history"]):
         top, bottom, _ = timeline(run).axes
         assert [label.get_text() for label in top.get_yticklabels()] == [
             "embeddings", "block[0]", "block[1]", "block[2]", "block[3]", "head"
@@ -44,6 +46,21 @@ def test_timeline_of_a_run_and_of_its_saved_state(make_trainer, tmp_path):
 def test_timeline_without_records():
     with pytest.raises(UnfreezeError, match="no lr/<group> records"):
         timeline([{"loss": 1.0, "step": 1}])
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (3, "3 is no run. Give a Trainer that has trained"),
+        ({"loss": 1}, "is no run"),
+        ("no/such.json", r"'no/such.json' cannot be read as a trainer_state.json \(FileNotFoundError"),
+        ("README.md", "JSONDecodeError"),
+    ],
+)
+def test_what_is_no_run_is_told(run, message, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    with pytest.raises(UnfreezeError, match=message):
+        timeline(run)
 
 
 def test_plan(folder, capsys):
