@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,11 @@ Row = dict[str, Any]
 _METRICS = re.compile(r"\{'[^{}]*\}")  # as the Trainer prints them
 _BARE = re.compile(r": (nan|-?inf)\b")
 _POLL = 0.1  # seconds between two looks at the log of a trial
+# The most that a range may reach, and what is told of one that cannot be.
+_RANGES = {
+    "layer_decay": (1.0, "both above 0 and at most 1, such as 0.7 1.0"),
+    "learning_rate": (sys.float_info.max, "both above 0, such as 1e-5 1e-3"),
+}
 _ENOUGH = 3  # finished trials of a schedule, for a median
 
 
@@ -67,10 +73,10 @@ class Search:
         if not self.script.is_file():
             raise UnfreezeError(f"there is no script {self.script}. Name one, such as recipes/text_classification.py.")
         self.schedules = [str(parse_schedule(schedule)) for schedule in self.schedules]
-        for name, highest in (("layer_decay", 1.0), ("learning_rate", float("inf"))):
+        for name, (highest, allowed) in _RANGES.items():
             low, high = getattr(self, name)
             if not 0 < low <= high <= highest:
-                raise UnfreezeError(f"{name} from {low} to {high}: write the lower one first, both above 0.")
+                raise UnfreezeError(f"{name} from {low} to {high}: write the lower one first, {allowed}.")
 
     @property
     def greater_is_better(self) -> bool:
@@ -78,7 +84,7 @@ class Search:
         return greater_is_better(self.metric, "auto")
 
     def run(self, trials: int) -> list[Row]:
-        """Run until there are so many trials, those of before included; return those not cut short, the best first.
+        """Run until there are so many trials, earlier ones included; return those not cut short, the best first.
 
         Raises:
             UnfreezeError: optuna is not installed, the folder holds another search, the script failed, or it did not
@@ -88,7 +94,10 @@ class Search:
             import optuna
         except ImportError:
             raise UnfreezeError("a search needs optuna. Run: pip install 'hf-unfreeze[search]'.") from None
-        optuna.logging.set_verbosity(optuna.logging.ERROR)  # what fails is told once, below
+        with _quiet(optuna):
+            return self._run(optuna, trials)
+
+    def _run(self, optuna: Any, trials: int) -> list[Row]:
         self.output.mkdir(parents=True, exist_ok=True)
         study = optuna.create_study(
             storage=f"sqlite:///{self.output / 'study.db'}",
@@ -98,11 +107,11 @@ class Search:
         )
         asked = {"script": str(self.script), "arguments": [*self.arguments], "metric": self.metric,
                  "schedules": [*self.schedules]}  # fmt: skip
-        if study.user_attrs.get("asked", asked) != asked:
-            raise UnfreezeError(
-                f"{self.output} holds another search, {study.user_attrs['asked']}, and this is {asked}. "
-                "Name another --output."
-            )
+        before = study.user_attrs.get("asked", asked)
+        if before != asked:
+            told = (f"{key} {_told(before.get(key))} there, {_told(asked[key])} here"
+                    for key in asked if before.get(key) != asked[key])  # fmt: skip
+            raise UnfreezeError(f"{self.output} holds another search: {'; '.join(told)}. Name another --output.")
         study.set_user_attr("asked", asked)
         # another seed than before: the draws of a search that goes on would be the same ones again
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
@@ -133,8 +142,8 @@ class Search:
         }
         folder = self.output / f"trial-{trial.number}"
         folder.mkdir(parents=True, exist_ok=True)
-        own = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-        command = [sys.executable, str(self.script), *self.arguments, *own, "--output_dir", str(folder)]
+        own = [f"--{name}={value}" for name, value in (given | {"output_dir": folder}).items()]  # -head@0 is no option
+        command = [sys.executable, str(self.script), *self.arguments, *own]
         code = self._watch(command, folder / "log.txt", trial)
         if code:
             said = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -190,6 +199,21 @@ class Search:
         if math.isnan(results[self.metric]):
             print(f"{path}: {self.metric} is nan, so this trial does not count.", file=sys.stderr)  # noqa: T201
         return float(results[self.metric])
+
+
+@contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Lower optuna's log level for a while: what fails is told once, by the error."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _told(value: Any) -> str:
+    return (shlex.join(value) or "none") if isinstance(value, list) else str(value)
 
 
 def _evaluations(log: str, metric: str) -> list[float]:

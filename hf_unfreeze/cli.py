@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._search import SCHEDULES
 from .errors import UnfreezeError, near_match
 from .schedule import RECOMMENDED
 
@@ -37,12 +39,16 @@ HEADS = {
     "audio-classification": "AutoModelForAudioClassification",
 }
 
+_MINUS = "write --schedule=-head@0,… where it begins with a minus"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 2 with one line on stderr for a bad argument."""
     words = sys.argv[1:] if argv is None else list(argv)
     own = words.index("--") if "--" in words and words[0] == "search" else len(words)
-    arguments = _parser().parse_args(words[:own])
+    arguments, unknown = _parser().parse_known_args(words[:own])
+    if unknown:
+        arguments.parser.error(_unknown(arguments, shlex.join(unknown)))
     arguments.passed_on = words[own + 1 :]
     command: Callable[[argparse.Namespace], None] = arguments.command
     try:
@@ -54,12 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _unknown(arguments: argparse.Namespace, words: str) -> str:
+    hint = f" What the script is to get stands after --: hf-unfreeze search {arguments.script} -- {words}"
+    return f"unrecognized arguments: {words}." + (hint if arguments.command is _search else "")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-unfreeze", description="See what a schedule will do before you train.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     plan = commands.add_parser("plan", help="phases of a schedule on a model, and what each costs")
-    plan.add_argument("--schedule", default=RECOMMENDED, help="e.g. 'head@0, block[-4:]@1ep, all@50%%'")
+    examples = f"such as 'head@0, block[-4:]@1ep, all@50%%'; {_MINUS} (default: %(default)s)"
+    plan.add_argument("--schedule", default=RECOMMENDED, help=examples)
     plan.add_argument("--epochs", type=float, help="epochs of the run")
     plan.add_argument("--steps-per-epoch", type=int, help="optimizer updates in one epoch")
     plan.add_argument("--max-steps", type=int, help="optimizer updates of the whole run, instead of --epochs")
@@ -77,20 +89,31 @@ def _parser() -> argparse.ArgumentParser:
     architectures.add_argument("--markdown", action="store_true", help="the page hf_unfreeze/ARCHITECTURES.md")
     architectures.set_defaults(command=_architectures)
     search = commands.add_parser(
-        "search", help="try schedules, layer decays and learning rates on a script: search SCRIPT -- ITS ARGUMENTS"
+        "search",
+        help="try schedules, layer decays and learning rates on a script: search SCRIPT -- ITS ARGUMENTS",
+        usage="%(prog)s SCRIPT [OPTIONS] -- ITS ARGUMENTS",
     )
     search.add_argument("script", type=Path, metavar="SCRIPT", help="a recipe, or one with the same arguments")
-    search.add_argument("--metric", default="eval_loss", help="key in its all_results.json")
-    search.add_argument("--trials", type=int, default=20, help="trials, those of before included")
-    search.add_argument("--output", type=Path, default=Path("runs/search"), help="folder; a search there goes on")
-    search.add_argument("--schedule", action="append", help="one to try; once for each, instead of the usual ones")
-    for name, default in (("--layer-decay", (0.7, 1.0)), ("--learning-rate", (1e-5, 1e-3))):
-        search.add_argument(name, type=float, nargs=2, default=default, metavar=("LOW", "HIGH"))
-    search.add_argument("--seed", type=int, default=0, help="of the draws")
+    search.add_argument("--metric", default="eval_loss", help="key in its all_results.json (default: %(default)s)")
+    search.add_argument(
+        "--trials", type=int, default=20, help="total number of trials, earlier ones included (default: %(default)s)"
+    )
+    search.add_argument(
+        "--output", type=Path, default=Path("runs/search"), help="folder; a search there goes on (default: %(default)s)"
+    )
+    usual = ", ".join(SCHEDULES).replace("%", "%%")
+    search.add_argument(
+        "--schedule", action="append", help=f"one to try; once for each, {_MINUS} (default: each of {usual})"
+    )
+    for name, low, high, most in (("--layer-decay", 0.7, 1.0, ", at most 1"), ("--learning-rate", 1e-5, 1e-3, "")):
+        told = f"lowest and highest to try, above 0{most} (default: {low} {high})"
+        search.add_argument(name, type=float, nargs=2, default=(low, high), metavar=("LOW", "HIGH"), help=told)
+    search.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     search.add_argument("--prune", action="store_true", help="end trials that fall behind others of their schedule")
     search.set_defaults(command=_search)
     for command in (plan, groups, architectures, search):
         command.add_argument("--json", action="store_true", help="JSON instead of a table")
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -184,7 +207,7 @@ def _architectures(arguments: argparse.Namespace) -> None:
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    from ._search import SCHEDULES, Search, trials_figure, trials_table
+    from ._search import Search, trials_figure, trials_table
 
     search = Search(
         arguments.script,

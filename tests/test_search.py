@@ -6,14 +6,15 @@ import json
 import math
 import re
 
+import optuna
 import pytest
 
-from hf_unfreeze._search import _evaluations, trials_figure
+from hf_unfreeze._search import SCHEDULES, _evaluations, trials_figure
 from hf_unfreeze.cli import main
 
 SCRIPT = """
 import json, pathlib, sys
-given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+given = dict(word.split("=", 1) for word in sys.argv[1:])
 rate, decay = float(given["--learning_rate"]), float(given["--layer_decay"])
 score = (given["--schedule"] == "all_at_once") + rate + float(given.get("--bonus", 0))
 print("hello from the script")
@@ -40,7 +41,7 @@ def search(tmp_path, capsys):
 
 def test_trials_are_sorted_kept_and_gone_on_with(search, tmp_path):
     own = ["--schedule", "head@0", "--schedule", "all_at_once", "--learning-rate", "1e-4", "1e-2"]
-    code, first = search(*own, "--trials", "3", passed_on=["--bonus", "5"])
+    code, first = search(*own, "--trials", "3", passed_on=["--bonus=5"])
     assert code == 0 and len(first) == 3
     scores = [row["eval_accuracy"] for row in first]
     assert scores == sorted(scores, reverse=True) and min(scores) > 5  # the script got its own argument
@@ -48,15 +49,54 @@ def test_trials_are_sorted_kept_and_gone_on_with(search, tmp_path):
     assert all(1e-4 <= row["learning_rate"] <= 1e-2 and 0.7 <= row["layer_decay"] <= 1 for row in first)
     assert (tmp_path / "out" / "trials.png").stat().st_size
     assert "hello from the script" in (tmp_path / "out" / "trial-0" / "log.txt").read_text()
-    _, more = search(*own, "--trials", "5", passed_on=["--bonus", "5"])
+    _, more = search(*own, "--trials", "5", passed_on=["--bonus=5"])
     assert len(more) == 5 and all(row in more for row in first)
     assert len({row["learning_rate"] for row in more}) == 5  # no draw comes twice
 
 
-def test_another_search_in_the_same_folder_is_refused(search):
-    assert search("--trials", "1")[0] == 0
-    code, error = search("--trials", "2", "--schedule", "head@0")
-    assert code == 2 and "holds another search" in error
+def test_another_search_in_the_same_folder_is_refused_by_what_differs(search):
+    own = ("--trials", "1", "--schedule", "head@0")
+    assert search(*own)[0] == 0
+    code, error = search(*own, metric="eval_loss")
+    assert code == 2 and error.endswith(
+        "out holds another search: metric eval_accuracy there, eval_loss here. Name another --output.\n"
+    )
+    code, error = search("--trials", "1", "--schedule", "block[-1]@0", passed_on=["--bonus=5"])
+    assert "search: arguments none there, --bonus=5 here; schedules head@0 there, 'block[-1]@0' here. Name" in error
+
+
+def test_a_schedule_that_begins_by_freezing_is_passed_on(search):
+    code, rows = search("--trials", "1", "--schedule=-head@0, all@0")
+    assert code == 0 and rows[0]["schedule"] == "-head@0, all@0"
+
+
+def test_the_log_level_of_optuna_is_as_before(search):
+    optuna.logging.set_verbosity(optuna.logging.DEBUG)
+    try:
+        assert search("--trials", "0")[0] == 2
+        assert optuna.logging.get_verbosity() == optuna.logging.DEBUG
+    finally:
+        optuna.logging.set_verbosity(optuna.logging.INFO)
+
+
+def test_the_help_tells_what_is_taken_by_default_and_where_the_arguments_of_the_script_stand(capsys):
+    with pytest.raises(SystemExit):
+        main(["search", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "hf-unfreeze search SCRIPT [OPTIONS] -- ITS ARGUMENTS" in shown
+    for option, default in (("--metric", "eval_loss"), ("--trials", "20"), ("--output", "runs/search"),
+                            ("--schedule", SCHEDULES[-1]), ("--layer-decay", "0.7 1.0"),
+                            ("--learning-rate", "1e-05 0.001"), ("--seed", "0")):  # fmt: skip
+        assert default in shown.rpartition(option)[2].partition(" --")[0], option
+    assert "--schedule=-head@0" in shown and "total number of trials, earlier ones included" in shown
+
+
+def test_arguments_of_the_script_without_dashes_before_them(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["search", "recipe.py", "--train_file", "mine.csv"])
+    error = capsys.readouterr().err
+    assert "unrecognized arguments: --train_file mine.csv. What the script is to get stands after --" in error
+    assert "hf-unfreeze search recipe.py -- --train_file mine.csv" in error
 
 
 def test_less_is_better_for_a_loss(search):
@@ -77,7 +117,7 @@ def test_the_figure_has_every_trial():
 
 SLOW = """
 import json, pathlib, sys, time
-given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+given = dict(word.split("=", 1) for word in sys.argv[1:])
 rate = float(given["--learning_rate"])
 folder = pathlib.Path(given["--output_dir"])
 for epoch in range(4):
@@ -126,11 +166,11 @@ def test_evaluations_among_other_lines():
     ("own", "options", "message"),
     [
         ((), {"metric": "eval_f1"}, "'eval_f1' is not in .* It has eval_accuracy, eval_loss, note"),
-        ((), {"passed_on": ["--bonus", "nan"]}, "no trial ended with a number for 'eval_accuracy'"),
+        ((), {"passed_on": ["--bonus=nan"]}, "no trial ended with a number for 'eval_accuracy'"),
         ((), {"metric": "note"}, "'note' is not in"),
-        ((), {"passed_on": ["--fail", "1"]}, r"ended with exit code 1: out of luck\. .*trial-0/log.txt"),
+        ((), {"passed_on": ["--fail=1"]}, r"ended with exit code 1: out of luck\. .*trial-0/log.txt"),
         (("--schedule", "gradul"), {}, "Did you mean 'gradual'"),
-        (("--layer-decay", "0.9", "1.1"), {}, "layer_decay from 0.9 to 1.1: write the lower one first"),
+        (("--layer-decay", "0.9", "1.1"), {}, "layer_decay from 0.9 to 1.1: .* above 0 and at most 1"),
         (("--learning-rate", "1e-3", "1e-4"), {}, "learning_rate from 0.001 to 0.0001"),
     ],
 )
