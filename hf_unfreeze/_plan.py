@@ -8,14 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ._decisions import decisions_of
 from ._history import past_transitions
+from ._plateau import with_metric
+from .criteria import AGREEMENT, find_criterion
 from .groups import LayerGroup
-from .schedule import Phase, spec_of
+from .schedule import Phase, Schedule, spec_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["SHOWN", "PlanRow", "model_card_section", "plan_rows", "plan_table", "state_copies"]
+__all__ = [
+    "SHOWN",
+    "PlanRow",
+    "model_card_section",
+    "not_reached",
+    "plan_rows",
+    "plan_table",
+    "planned",
+    "state_copies",
+]
 
 # Copies of a parameter that an optimizer keeps as state. Adafactor keeps one row and one column instead: nearly none.
 _STATE_COPIES = {"Adam": 2, "AdamW": 2, "NAdam": 2, "RAdam": 2, "RMSprop": 1, "Adagrad": 1, "Lion": 1, "Adafactor": 0}
@@ -49,6 +61,34 @@ def state_copies(optimizer: Any) -> int | None:
     if name == "SGD":
         return int(any(group.get("momentum") for group in optimizer.param_groups))
     return _STATE_COPIES.get(name)
+
+
+def planned(
+    schedule: Schedule, groups: Sequence[LayerGroup], total_steps: int, steps_per_epoch: int | None
+) -> tuple[Phase, ...]:
+    """List every phase, as ``Schedule.phases`` does.
+
+    Raises:
+        ScheduleError: A run would refuse the schedule: it does not fit the model, names no criterion, or contradicts
+            itself.
+    """
+    criterion: Any = dict(schedule.arguments).get("criterion")
+
+    def measure(interval: int) -> Any:
+        return find_criterion(criterion) if criterion else AGREEMENT
+
+    whole = with_metric(schedule, "loss", greater=None, evaluates=True)  # a run may name the metric elsewhere
+    decisions_of(whole, groups, total_steps, steps_per_epoch, measure)
+    return schedule.phases(groups, total_steps, steps_per_epoch)
+
+
+def not_reached(phases: Sequence[Phase], groups: Sequence[LayerGroup], total_steps: int) -> str:
+    """End a title: which phases begin after the last step, the first of them and how many; empty without any."""
+    late = [phase for phase in phases if phase.start >= total_steps]
+    if not late:
+        return ""
+    first = f"{spec_of(late[0].trainable, groups)} at step {late[0].start}"
+    return f"; not reached: {first}" + (f" and {len(late) - 1} more" if late[1:] else "")
 
 
 def plan_rows(

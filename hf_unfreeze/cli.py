@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._search import SCHEDULES
-from .errors import UnfreezeError, near_match
+from .errors import UnfreezeError
 from .schedule import RECOMMENDED
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ __all__ = ["main"]
 
 # Task heads by the name users know from the hub, and the Auto class that builds each.
 HEADS = {
-    "none": "AutoModel",
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
     "seq2seq-lm": "AutoModelForSeq2SeqLM",
@@ -37,6 +36,7 @@ HEADS = {
     "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
     "ctc": "AutoModelForCTC",
     "audio-classification": "AutoModelForAudioClassification",
+    "none": "AutoModel",
 }
 
 _MINUS = "write --schedule=-head@0,… where it begins with a minus"
@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command(arguments)
     except (UnfreezeError, OSError) as error:
-        line = " ".join(str(error).split())
-        print(f"hf-unfreeze: {line}", file=sys.stderr)  # noqa: T201
+        print("hf-unfreeze:", *str(error).split(), file=sys.stderr)  # noqa: T201
         return 2
     return 0
 
@@ -78,49 +77,44 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--world-size", type=int, help="ranks: adds what each sends and holds (hf_unfreeze/SCALE.md)")
     plan.add_argument("--bandwidth", help="what a rank can send, with its unit: 100GB/s, 400Gbit/s")
     plan.add_argument("--sharded", action="store_true", help="the ranks run FSDP2, not DDP")
-    plan.set_defaults(command=_plan)
     groups = commands.add_parser("groups", help="layer groups of a model, top → bottom")
     groups.add_argument("--explain", action="store_true", help="why each parameter outside the blocks is where it is")
-    groups.set_defaults(command=_groups)
     for command in (plan, groups):
         command.add_argument("model", metavar="MODEL", help="folder or hub id; only its config is read")
         command.add_argument("--head", choices=HEADS, help="task head; by default that of the config")
     architectures = commands.add_parser("architectures", help="registered architectures; others are detected")
     architectures.add_argument("--markdown", action="store_true", help="the page hf_unfreeze/ARCHITECTURES.md")
-    architectures.set_defaults(command=_architectures)
     search = commands.add_parser(
         "search",
         help="try schedules, layer decays and learning rates on a script: search SCRIPT -- ITS ARGUMENTS",
         usage="%(prog)s SCRIPT [OPTIONS] -- ITS ARGUMENTS",
     )
     search.add_argument("script", type=Path, metavar="SCRIPT", help="a recipe, or one with the same arguments")
-    search.add_argument("--metric", default="eval_loss", help="key in its all_results.json (default: %(default)s)")
-    search.add_argument(
-        "--trials", type=int, default=20, help="total number of trials, earlier ones included (default: %(default)s)"
-    )
-    search.add_argument(
-        "--output", type=Path, default=Path("runs/search"), help="folder; a search there goes on (default: %(default)s)"
-    )
-    usual = ", ".join(SCHEDULES).replace("%", "%%")
-    search.add_argument(
-        "--schedule", action="append", help=f"one to try; once for each, {_MINUS} (default: each of {usual})"
-    )
+    for name, kind, default, told in (
+        ("--metric", str, "eval_loss", "key in its all_results.json"),
+        ("--trials", int, 20, "total number of trials, earlier ones included"),
+        ("--output", Path, Path("runs/search"), "folder; a search there goes on"),
+        ("--seed", int, 0, "of the draws"),
+    ):
+        search.add_argument(name, type=kind, default=default, help=f"{told} (default: %(default)s)")
+    told = f"one to try; once for each, {_MINUS} (default: each of {', '.join(SCHEDULES).replace('%', '%%')})"
+    search.add_argument("--schedule", action="append", help=told)
     for name, low, high, most in (("--layer-decay", 0.7, 1.0, ", at most 1"), ("--learning-rate", 1e-5, 1e-3, "")):
         told = f"lowest and highest to try, above 0{most} (default: {low} {high})"
         search.add_argument(name, type=float, nargs=2, default=(low, high), metavar=("LOW", "HIGH"), help=told)
-    search.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
     search.add_argument("--prune", action="store_true", help="end trials that fall behind others of their schedule")
-    search.set_defaults(command=_search)
-    for command in (plan, groups, architectures, search):
+    runs = ((plan, _plan), (groups, _groups), (architectures, _architectures), (search, _search))
+    for command, run in runs:
         command.add_argument("--json", action="store_true", help="JSON instead of a table")
-        command.set_defaults(parser=command)
+        command.set_defaults(command=run, parser=command)
     return parser
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     from rich.console import Group
 
-    from ._plan import plan_rows, plan_table
+    from ._adapters import eligible_groups
+    from ._plan import not_reached, plan_rows, plan_table, planned
     from ._scale import parse_bandwidth, scale_rows, scale_table
     from .groups import layer_groups
     from .schedule import parse_schedule
@@ -131,12 +125,11 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise UnfreezeError("--bandwidth and --sharded are about several ranks. Give --world-size too.")
     schedule = parse_schedule(arguments.schedule)
     model = _meta_model(arguments.model, arguments.head)
-    groups = layer_groups(model)
-    phases = schedule.phases(groups, total, arguments.steps_per_epoch)
+    groups = eligible_groups(model, layer_groups(model))
+    phases = planned(schedule, groups, total, arguments.steps_per_epoch)
     reached = [phase for phase in phases if phase.start < total]
     rows = plan_rows(model, groups, reached, arguments.steps_per_epoch, decided=schedule.decided(groups))
-    late = len(phases) - len(reached)
-    title = f"{schedule} on {type(model).__name__}, {total} steps" + (f"; {late} phases not reached" if late else "")
+    title = f"{schedule} on {type(model).__name__}, {total} steps{not_reached(phases, groups, total)}"
     shown = [dataclasses.asdict(row) for row in rows]
     tables = [plan_table(rows, title.replace("[", r"\["))]
     if arguments.world_size:
@@ -201,9 +194,8 @@ def _architectures(arguments: argparse.Namespace) -> None:
         print(markdown_table(), end="")  # noqa: T201
         return
     rows = [{"model_type": architecture.model_type} for architecture in list_architectures()]
-    _show(
-        arguments, rows, lambda: _table("Registered architectures; the structure of any other model is detected", rows)
-    )
+    title = "Registered architectures; the structure of any other model is detected"
+    _show(arguments, rows, lambda: _table(title, rows))
 
 
 def _search(arguments: argparse.Namespace) -> None:
@@ -229,23 +221,61 @@ def _search(arguments: argparse.Namespace) -> None:
 def _meta_model(name: str, head: str | None) -> nn.Module:
     """Build the model of a config on the meta device: structure without weights."""
     import torch
+
+    config = _config(name)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = _builder(config, head)(config)
+    except UnfreezeError:
+        raise
+    except Exception as error:
+        raise UnfreezeError(f"no {config.model_type} can be built from the config of {name!r}: {error}") from error
+    return model
+
+
+def _config(name: str) -> Any:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UnfreezeError(f"{name!r} is no folder with a config and no model on the hub: {error}") from None
-    builder: Any
-    if head is None and config.architectures and hasattr(transformers, config.architectures[0]):
-        builder = getattr(transformers, config.architectures[0])._from_config
-    else:
-        builder = getattr(transformers, HEADS[head or "none"]).from_config
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        written = _written_config(name)
+        if not written:
+            raise UnfreezeError(f"{name!r} is no folder with a config and no model on the hub: {error}") from error
+        if written.get("model_type") in transformers.CONFIG_MAPPING:
+            raise UnfreezeError(f"the config of {name!r} cannot be read: {error}") from error
+        raise UnfreezeError(
+            f"{name!r} has a config, and transformers {transformers.__version__} knows no model_type "
+            f"{written.get('model_type')!r}. In Python, where the class of your model is, write "
+            "hf_unfreeze.layer_groups(model)."
+        ) from error
+
+
+def _written_config(name: str) -> dict[str, Any]:
+    """Return what a config file holds; nothing where there is none, or no JSON object."""
+    from transformers import PretrainedConfig
+
     try:
-        with torch.device("meta"):
-            model: nn.Module = builder(config)
-    except ValueError:
-        raise UnfreezeError(f"{config.model_type} has no head {head!r}.{near_match(head or '', HEADS)}") from None
-    return model
+        return dict(PretrainedConfig.get_config_dict(name)[0])
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _builder(config: Any, head: str | None) -> Any:
+    """Return what builds a model with the head asked for, else that of the config, else none."""
+    import transformers
+
+    own = (config.architectures or [""])[0]
+    if head is None and hasattr(transformers, own):
+        builder = getattr(getattr(transformers, own), "_from_config", None)
+        if builder is None:
+            raise UnfreezeError(f"architectures of this config names {own!r}, which is no model. Write --head none.")
+        return builder
+    head = head or "none"
+    has = [name for name, auto in HEADS.items() if type(config) in getattr(transformers, auto)._model_mapping]
+    if head not in has:
+        raise UnfreezeError(f"{config.model_type} has no head {head!r}. It has {', '.join(has) or 'no other'}.")
+    return getattr(transformers, HEADS[head]).from_config
 
 
 def _show(arguments: argparse.Namespace, rows: list[dict[str, Any]], table: Callable[[], Any]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import transformers
 from rich.console import Console
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_unfreeze import UnfreezeCallback, UnfreezeError, layer_groups, parse_schedule
+from hf_unfreeze import UnfreezeCallback, UnfreezeError, Unfreezer, layer_groups, parse_schedule
 from hf_unfreeze.cli import main
 from hf_unfreeze.report import plan_rows, plan_table, timeline
 
@@ -72,7 +74,26 @@ def test_plan(folder, capsys):
     ]  # fmt: skip
     assert rows[2]["trainable_share"] == 1.0 and rows[0]["optimizer_bytes"] == 8 * rows[0]["trainable_params"]
     assert main(["plan", folder, "--max-steps", "5", "--schedule", "head@0, all@9step"]) == 0
-    assert "not reached" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "5 steps; not reached: all at step 9 phase" in shown
+    assert main(["plan", folder, "--max-steps", "5", "--schedule", "gradual(every=4step)"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "not reached: block[10:12], head at step 8 and 11 more" in shown
+
+
+def test_a_plan_counts_what_a_run_trains(tmp_path, capsys):
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8,
+             "encoder_attention_heads": 1, "decoder_attention_heads": 1, "vocab_size": 9, "pad_token_id": 0,
+             "max_source_positions": 10}  # fmt: skip
+    config = transformers.WhisperConfig(**sizes, architectures=["WhisperForConditionalGeneration"])
+    config.save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--max-steps", "5", "--schedule", "head@0, all@1step", "--json"]) == 0
+    model = transformers.WhisperForConditionalGeneration(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with contextlib.closing(Unfreezer(model, optimizer, "all@0")) as unfreezer:
+        trained = unfreezer.step(0).trainable_params
+    assert json.loads(capsys.readouterr().out)[1]["trainable_params"] == trained
+    assert trained == sum(p.numel() for p in model.parameters()) - 10 * 8  # the sinusoids
 
 
 def test_a_plan_fits_a_terminal_of_80_columns():
@@ -162,6 +183,12 @@ def test_the_page_of_architectures_and_that_others_are_detected(capsys):
         (["--max-steps", "9", "--world-size", "2", "--bandwidth", "100Gb/s"], "Units are kB/s, MB/s, GB/s"),
         (["--max-steps", "9", "--world-size", "2", "--bandwidth", "0GB/s"], "write a number above 0 and a unit"),
         (["--max-steps", "9", "--sharded"], "Give --world-size too"),
+        (["--schedule", "auto(nope, every=10%)", "--max-steps", "9"], "'nope' is no criterion"),
+        (["--schedule", "plateau(at_least=5step, at_most=2step)", "--max-steps", "9"], "at_least is longer than"),
+        (
+            ["--head", "seq2seq-lm", "--max-steps", "9"],
+            "bert has no head 'seq2seq-lm'. It has causal-lm, masked-lm, sequ",
+        ),
         (["--epochs", "nan", "--steps-per-epoch", "5"], "--epochs nan: write a number above 0"),
     ],
 )
@@ -169,6 +196,49 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(folder, capsys, arguments, m
     assert main(["plan", folder, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("schedule", ["plateau", "learn_rates", "auto_rates", "auto(fisher)", "freeze_converged"])
+def test_a_plan_of_what_data_decides(folder, schedule, capsys):
+    assert main(["plan", folder, "--epochs", "4", "--steps-per-epoch", "10", "--schedule", schedule]) == 0
+    assert "data" in capsys.readouterr().out or schedule == "auto(fisher)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 15}, "no bert can be built from the config of .*: The hidden size \\(15\\) is not a multiple"),
+        ({"architectures": ["Trainer"]}, "names 'Trainer', which is no model. Write --head none"),
+        (
+            {"model_type": "mine"},
+            "has a config, and transformers .* knows no model_type 'mine'. .*layer_groups\\(",
+        ),
+        ({"model_type": "timm_wrapper", "architecture": "resnet18"}, "the config of .* cannot be read: .*timm|timm"),
+        ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}, "has a config, .*layer_groups"),
+    ],
+)
+def test_a_config_of_which_no_model_can_be_built_is_one_line(folder, capsys, changes, message):
+    path = Path(folder, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    assert main(["groups", folder]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+
+
+def test_a_model_that_needs_a_package_is_one_line(folder, capsys, monkeypatch):
+    def lacking(config):
+        raise ImportError("this model requires the timm library.\nRun pip install timm.")
+
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "_from_config", lacking)
+    assert main(["groups", folder]) == 2
+    assert "can be built from the config of" in (error := capsys.readouterr().err)
+    assert error.endswith("this model requires the timm library. Run pip install timm.\n")
+
+
+def test_a_file_that_is_no_config(folder, capsys):
+    Path(folder, "config.json").write_text("{")
+    assert main(["groups", folder]) == 2
+    assert "is no folder with a config" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there(capsys):
