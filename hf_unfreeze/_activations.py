@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ._exact import scales_by_length
 from ._fingerprints import Fingerprints
 from ._keys import Batch, by_length, can_be_cut, read_batch, take
 from ._prefix import Prefix, Reached, Run
@@ -233,8 +234,9 @@ class Activations:
         if batch.padded and self._ragged is None and not run.crowded:
             row = min(range(batch.size), key=batch.lengths.__getitem__)
             tokens = max(batch.lengths[row], 1)
-            by_length = _scales_with_length(getattr(self.prefix.host, "config", None))
-            self._ragged = not by_length and self._same_alone(boundary, batch, hidden, row, tokens, forward)
+            self._ragged = not scales_by_length(self.prefix.host, "longrope") and self._same_alone(
+                boundary, batch, hidden, row, tokens, forward
+            )
         self._alone_to = max(self._alone_to, 0 if run.crowded else boundary)
         run.ragged = bool(self._ragged)
         set_random_state(kept, self.prefix.device)
@@ -260,9 +262,3 @@ def blank(batch: Batch, members: Sequence[int], hidden: torch.Tensor) -> torch.T
     lengths = torch.tensor([batch.lengths[member] for member in members], device=hidden.device)
     padding = torch.arange(hidden.shape[1], device=hidden.device) >= lengths[:, None]
     return hidden.masked_fill(padding.reshape(*padding.shape, *[1] * (hidden.dim() - 2)), 0.0)
-
-
-def _scales_with_length(config: Any) -> bool:
-    """Whether positions are scaled by the length of the padded batch."""
-    rope = [getattr(config, name, None) for name in ("rope_scaling", "rope_parameters")]
-    return any(kind in repr(rope) for kind in ("dynamic", "longrope"))

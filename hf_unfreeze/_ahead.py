@@ -65,9 +65,10 @@ class Ahead:
         few = range(min(PROBED, len(data)))
         once, again = (alike["collate_fn"]([data[index] for index in few]) for _ in range(2))
         if _alike(once, again):
-            size = getattr(self.loader.batch_sampler, "batch_size", None) or 1  # a collator may ask for whole batches
-            window = max(WINDOW // size, 1) * size
-            windows = DataLoader(data, batch_size=window, drop_last=self.loader.drop_last, **alike)
+            sampler = self.loader.batch_sampler  # a collator may ask for whole batches
+            size = getattr(sampler, "batch_size", None) or 1
+            whole = bool(getattr(sampler, "drop_last", False))
+            windows = DataLoader(data, batch_size=max(WINDOW // size, 1) * size, drop_last=whole, **alike)
             shown = tqdm(windows, "frozen-prefix cache", leave=False, disable=not self.show_progress)
             yield from map(self.prepare, shown)
 

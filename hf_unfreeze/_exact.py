@@ -11,7 +11,7 @@ from torch import nn
 
 from ._keys import Batch
 
-__all__ = ["buffers_kept", "detached", "gradient_source", "has_loss", "same_outputs", "unfit"]
+__all__ = ["buffers_kept", "detached", "gradient_source", "has_loss", "same_outputs", "scales_by_length", "unfit"]
 
 AUGMENTS = ("mask_time_prob", "mask_feature_prob")
 
@@ -28,7 +28,15 @@ def unfit(model: nn.Module) -> str:
     config = getattr(model, "config", None)
     if getattr(config, "apply_spec_augment", False) and any(getattr(config, name, 0) for name in AUGMENTS):
         return "SpecAugment changes the inputs at random. Set config.apply_spec_augment = False"
+    if scales_by_length(model, "dynamic"):
+        return "dynamic rotary positions depend on the longest text so far"
     return ""
+
+
+def scales_by_length(model: nn.Module, kind: str) -> bool:
+    """Whether the config of a model asks for this kind of rotary positions, which go by the length of the batch."""
+    config = getattr(model, "config", None)
+    return any(kind in repr(getattr(config, name, None)) for name in ("rope_scaling", "rope_parameters"))
 
 
 @contextlib.contextmanager

@@ -79,7 +79,8 @@ def replay_of(watched: Watched, ragged: bool) -> dict[Stack, Iterator[torch.Tens
     """Return the activations that the check saw, in the order of the calls, for a forward that passes over them."""
     replay = {}
     for stack, calls in watched.items():
-        hidden = [(batch, run.captured[stack.boundary].detach()) for batch, run in calls]
+        # copies: a block may write into its input, and the originals are stored later
+        hidden = [(batch, run.captured[stack.boundary].detach().clone()) for batch, run in calls]
         replay[stack] = iter([blank(b, range(b.size), h) if ragged else h for b, h in hidden])
     return replay
 

@@ -16,9 +16,7 @@ from hf_unfreeze import FrozenPrefixCache, UnfreezeCallback
 from hf_unfreeze._keys import by_length, read_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")
-ALONE = (
-    2  # of the first batch one example without the others, and the shortest without its padding; then 4 at each move
-)
+ALONE = 2  # of the first batch one example without the others, one without its padding; later 4 at each move
 
 
 @pytest.fixture(autouse=True)
@@ -91,9 +89,8 @@ def test_a_phase_that_begins_in_the_first_epoch_is_waited_for(make_trainer):
     """Up to the block that opens at step 3 every example is needed; above, only those of the first three steps."""
     _, calls = run(make_trainer, schedule="head@0, block[-1]@3step")
     assert sum(count for count, _ in calls[2]) == EXAMPLES + ALONE + 4
-    assert (
-        sum(count for count, _ in calls[3]) == 3 * EXAMPLES + ALONE + 2 * 4
-    )  # 3 batches of 4 frozen, then as in every run
+    # 3 batches of 4 frozen, then as in every run
+    assert sum(count for count, _ in calls[3]) == 3 * EXAMPLES + ALONE + 2 * 4
 
 
 class Renames(Trainer):
