@@ -55,7 +55,6 @@ class Activations:
         self, prefix: Prefix, store: Store, stats: Stats, dtype: torch.dtype | None, prefix_dtype: str | None
     ) -> None:
         self.prefix, self.store, self.stats, self.dtype = prefix, store, stats, dtype
-        self._coarse = prefix_dtype is not None
         self.wanted: set[int] = set()  # boundaries that this or a later phase of the schedule needs
         self.written = 0  # bytes given to the store
         self._computed_in = torch.float32
@@ -218,7 +217,7 @@ class Activations:
     def _off(self, stored: torch.Tensor, again: torch.Tensor) -> tuple[float, float]:
         """Return how far apart two activations of an example are, and how far they may be."""
         again = again[: stored.shape[0]].to("cpu", stored.dtype)
-        share = HALF_TOLERANCE if self._coarse else TOLERANCE.get(stored.dtype, HALF_TOLERANCE)
+        share = HALF_TOLERANCE if self.fingerprints.coarse else TOLERANCE.get(stored.dtype, HALF_TOLERANCE)
         return float((again - stored).abs().max()), share * max(float(again.abs().max()), 1.0)
 
     def check_alone(self, boundary: int, batch: Batch, run: Run, forward: Forward) -> None:
@@ -234,9 +233,8 @@ class Activations:
         if batch.padded and self._ragged is None and not run.crowded:
             row = min(range(batch.size), key=batch.lengths.__getitem__)
             tokens = max(batch.lengths[row], 1)
-            self._ragged = not scales_by_length(self.prefix.host, "longrope") and self._same_alone(
-                boundary, batch, hidden, row, tokens, forward
-            )
+            cut = can_be_cut(batch) and not scales_by_length(self.prefix.host, "longrope")
+            self._ragged = cut and self._same_alone(boundary, batch, hidden, row, tokens, forward)
         self._alone_to = max(self._alone_to, 0 if run.crowded else boundary)
         run.ragged = bool(self._ragged)
         set_random_state(kept, self.prefix.device)

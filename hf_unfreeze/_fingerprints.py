@@ -83,6 +83,11 @@ class Fingerprints:
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return f" {kind} {autocast} {_precision()}" + self._adapted()
 
+    @property
+    def coarse(self) -> bool:
+        """Whether the blocks round to less than the type of their activations tells."""
+        return bool(self._prefix_dtype or torch.is_autocast_enabled(self._prefix.device.type) or "tf32" in _precision())
+
     def _adapted(self) -> str:
         """What PEFT computes with: a reference model is the same one with its adapters switched off."""
         states = [(m.disable_adapters, *m.active_adapters, *m.merged_adapters) for m in self._adapters]

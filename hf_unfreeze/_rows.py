@@ -39,8 +39,7 @@ def match_row(model: nn.Module, row: Architecture) -> tuple[Layout | None, str]:
         tried = ", ".join(path for _, paths in row.stacks for path in paths)
         return None, f"nothing matches {tried}"
     for found in stacks:
-        strange = next((block[-1] for block in found.blocks if not any(path in owner for path in block)), None)
-        if strange is not None:
+        if not all(any(path in owner for path in block) for block in found.blocks):
             return None, f"no pattern of the row places the blocks in {found.source}"
     single = len(present) == 1
     outside = base_of(model, stacks)
@@ -51,8 +50,8 @@ def match_row(model: nn.Module, row: Architecture) -> tuple[Layout | None, str]:
         place = next((owner[path] for path in prefixes(name) if path in owner), None)
         if outside and not name.startswith(outside):
             places[name] = Place("head", None, f"row {row.model_type}: outside the base model")
-        elif stems.search(name) and (place is None or tables.search(name)):
-            places[name] = Place("embeddings", None, f"row {row.model_type}: {stems.search(name)[0].strip('.')}")  # type: ignore[index]
+        elif (stem := stems.search(name)) and (place is None or tables.search(name)):
+            places[name] = Place("embeddings", None, f"row {row.model_type}: {stem[0].strip('.')}")
         elif place is not None:
             places[name] = Place("", place.index, place.reason) if single else place
         elif _stem_norm(model, name):

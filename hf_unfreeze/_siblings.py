@@ -47,7 +47,7 @@ def join_siblings(stacks: list[Stack], model: nn.Module) -> list[Stack]:
 
 def _join_midway(stack: Stack, model: nn.Module) -> None:
     """What runs between two blocks although it lies beside all of them: it serves the upper one."""
-    outer = stack.path.rpartition(".")[0] if "." in stack.path else ""
+    outer = stack.path.rpartition(".")[0]
     owner = model.get_submodule(outer)
     for name, value in MIDWAY:
         at = getattr(getattr(owner, "config", None), value, -1) + 1

@@ -124,6 +124,13 @@ def test_positions_that_go_by_the_length_of_the_batch(make_trainer, kind, reason
     assert_close_weights(plain, cached)
 
 
+def test_autocast_is_no_other_example(make_trainer):
+    """Rounding to half precision depends on the shape of a batch, which is no reason to switch off."""
+    plain, cached, cache = both(make_trainer, DOWN, data=ragged_data(), collator=pad, bf16=True, **SGD)
+    assert_close_weights(plain, cached, atol=1e-2)
+    assert cache.active.off == "" and cache.stats.hits > EXAMPLES
+
+
 class Masks:
     """Masks a token of each example, by a generator of its own or by the one of the process."""
 

@@ -326,8 +326,10 @@ def test_any_text_parses_or_is_refused(text):
     assert starts[0] == 0 and starts == sorted(set(starts))
 
 
-def test_thirds_have_no_decimal_form_but_compare():
+def test_a_time_has_an_end_as_a_decimal():
     assert Time(Fraction(1, 2), "ep") == Time.parse("0.5ep")
+    with pytest.raises(UnfreezeError, match=r"1/3ep has no end as a decimal. Write for instance 0\.3333ep"):
+        Time(Fraction(1, 3), "ep")
 
 
 def test_a_time_may_be_made_of_a_whole_number():
