@@ -86,7 +86,10 @@ class Fingerprints:
     @property
     def coarse(self) -> bool:
         """Whether the blocks round to less than the type of their activations tells."""
-        return bool(self._prefix_dtype or torch.is_autocast_enabled(self._prefix.device.type) or "tf32" in _precision())
+        kind = self._prefix.device.type
+        products = getattr(torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn, "matmul", None)
+        rounded = getattr(products, "fp32_precision", "") in ("tf32", "bf16")  # asked of torch 2.9 or later
+        return rounded or self._prefix_dtype is not None or torch.is_autocast_enabled(kind)
 
     def _adapted(self) -> str:
         """What PEFT computes with: a reference model is the same one with its adapters switched off."""

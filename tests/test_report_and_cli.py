@@ -213,7 +213,7 @@ def test_a_plan_of_what_data_decides(folder, schedule, capsys):
             {"model_type": "mine"},
             "has a config, and transformers .* knows no model_type 'mine'. .*layer_groups\\(",
         ),
-        ({"model_type": "timm_wrapper", "architecture": "resnet18"}, "the config of .* cannot be read: .*timm|timm"),
+        ({"model_type": "timm_wrapper", "architecture": "resnet18"}, "the config of .* cannot be read: .*Timm|timm"),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}, "has a config, .*layer_groups"),
     ],
 )
