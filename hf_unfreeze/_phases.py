@@ -14,7 +14,7 @@ from .errors import ScheduleError
 
 __all__ = ["Phase", "Schedule", "is_transition"]
 
-_EXAMPLE = (Entry.parse("head@0"), Entry.parse("block[-1]@0"))
+_EXAMPLES = {"head": "head@0", "block": "block[-1]@0"}  # by the last word of a group's name
 
 
 def is_transition(record: Any) -> bool:
@@ -136,7 +136,7 @@ class Schedule:
                 raise ScheduleError(
                     f"{self._kind} {str(self)!r} trains nothing from step {start} on"
                     + (f" ({', '.join(sorted(opened))} has no parameter of its own in this model)" if opened else "")
-                    + f". Open something at that time, for instance {' or '.join(map(self._write, _EXAMPLE))}."
+                    + f". Open something at that time, for instance {self._examples(groups)}."
                 )
             if not phases or (names_at, rates_at) != (phases[-1].trainable, phases[-1].rates):
                 phases.append(Phase(start, names_at, rates=rates_at))
@@ -154,6 +154,11 @@ class Schedule:
         """Return of each group whose rate falls along a cosine its first factor, and the share of the run it takes."""
         cosines = NAMED[self.name].annealed if self.name else None
         return cosines(groups, dict(self.arguments)) if cosines else {}
+
+    def _examples(self, groups: Sequence[Group]) -> str:
+        own = {group.name.rpartition(".")[2].partition("[")[0] for group in groups if group.parameter_names}
+        entries = [Entry.parse(text) for kind, text in _EXAMPLES.items() if kind in own] or [Entry.parse("all@0")]
+        return " or ".join(map(self._write, entries))
 
     def _changes(self, groups: Sequence[Group]) -> list[tuple[Change, float]]:
         changes: list[tuple[Change, float]] = []

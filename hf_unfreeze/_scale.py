@@ -69,7 +69,7 @@ def scale_rows(
 
     Args:
         model: The model the groups belong to; the meta device will do.
-        groups: Its layer groups, bottom → top.
+        groups: The layer groups that may train, bottom → top.
         sets: Names of the groups that train, one collection for each phase.
         ranks: Processes of the run.
         bandwidth: Bytes per second that a rank sends.
@@ -78,9 +78,10 @@ def scale_rows(
     """
     parameters = dict(model.named_parameters())
     members = [(group.name, [parameters[name] for name in group.parameter_names]) for group in groups]
-    held = {name: sum(_held(p, ranks if sharded else 1) for p in own) for name, own in members}
+    parts = ranks if sharded else 1
+    held = {name: sum(_held(p, parts) for p in own) for name, own in members}
     work = {name: sum(p.numel() for p in own) if name != "embeddings" else 0 for name, own in members}  # a look-up
-    weights, names = sum(held.values()), list(held)
+    weights, names = sum(_held(p, parts) for p in parameters.values()), list(held)  # fixed ones, of no group, too
     rows = []
     for trainable in sets:
         lowest = min(map(names.index, trainable))

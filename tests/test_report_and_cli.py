@@ -87,13 +87,15 @@ def test_a_plan_counts_what_a_run_trains(tmp_path, capsys):
              "max_source_positions": 10}  # fmt: skip
     config = transformers.WhisperConfig(**sizes, architectures=["WhisperForConditionalGeneration"])
     config.save_pretrained(tmp_path)
-    assert main(["plan", str(tmp_path), "--max-steps", "5", "--schedule", "head@0, all@1step", "--json"]) == 0
+    command = ["plan", str(tmp_path), "--max-steps", "5", "--schedule", "head@0, all@1step", "--world-size", "2"]
+    assert main([*command, "--json"]) == 0
     model = transformers.WhisperForConditionalGeneration(config)
     optimizer = torch.optim.AdamW(model.parameters())
     with contextlib.closing(Unfreezer(model, optimizer, "all@0")) as unfreezer:
         trained = unfreezer.step(0).trainable_params
-    assert json.loads(capsys.readouterr().out)[1]["trainable_params"] == trained
-    assert trained == sum(p.numel() for p in model.parameters()) - 10 * 8  # the sinusoids
+    row, held = json.loads(capsys.readouterr().out)[1], sum(p.numel() for p in model.parameters())
+    assert row["trainable_params"] == trained == held - 10 * 8  # the sinusoids
+    assert row["rank_weight_bytes"] == 4 * held
 
 
 def test_a_plan_fits_a_terminal_of_80_columns():
