@@ -87,7 +87,8 @@ class Fingerprints:
     def coarse(self) -> bool:
         """Whether the blocks round to less than the type of their activations tells."""
         kind = self._prefix.device.type
-        products = getattr(torch.backends.cuda if kind == "cuda" else torch.backends.mkldnn, "matmul", None)
+        own = getattr(getattr(torch.backends, kind, None), "matmul", None)
+        products = own or getattr(torch.backends.mkldnn, "matmul", None)
         rounded = getattr(products, "fp32_precision", "") in ("tf32", "bf16")  # asked of torch 2.9 or later
         return rounded or self._prefix_dtype is not None or torch.is_autocast_enabled(kind)
 
