@@ -114,8 +114,7 @@ class Prefix:
         """Describe the code of the prefix: classes, sizes, epsilons."""
         config = getattr(self.host, "config", None)
         parts = [type(self.host).__qualname__, *map(repr, self.stem), *map(repr, self.blocks[:1])]
-        modules = (m for part in (self.host, *self.stem, *self.blocks) for m in (part, *part.modules()))
-        parts += map(_source, dict.fromkeys(map(type, modules)))
+        parts += map(_source, dict.fromkeys(map(type, self.host.modules())))
         if config is not None and hasattr(config, "to_dict"):
             values = config.to_dict() | {"attention": getattr(config, "_attn_implementation", None)}
             skipped = ("_name_or_path", "id2label", "label2id", "problem_type", "use_cache", "transformers_version")
