@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from ._learnt import Learnt
-from ._named import freezings, multiple
+from ._measured import Measured, Ticks
+from ._named import Length, freezings
 from ._plateau import Plateau
 from ._probe import Prober
-from ._replay import replayed
 from ._spec import BLOCK, Group
 from .errors import ScheduleError
 from .schedule import Phase, Schedule
@@ -60,8 +60,8 @@ class Timed:
         """Nothing was decided."""
 
 
-class Auto:
-    """Opens at known times what a criterion finds best; what was chosen is on record, and is read back from there.
+class Auto(Measured):
+    """Opens at known times what a criterion finds best.
 
     Args:
         schedule: An ``auto`` schedule.
@@ -70,25 +70,13 @@ class Auto:
         measure: Gives each closed block its worth.
     """
 
-    keeps_best = False
-
     def __init__(
         self, schedule: Schedule, groups: Sequence[Group], planned: tuple[Phase, ...], measure: Prober
     ) -> None:
-        self._schedule = schedule
-        self._groups = groups
-        self._planned = planned
-        self.measure = measure
+        super().__init__(groups, measure)
+        self._schedule, self._planned = schedule, planned
         self.phases = planned[:1]
         self.may_open = frozenset(name for phase in planned for name in phase.trainable)
-
-    def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
-        """Evaluations change nothing."""
-        return False
-
-    def replay(self, records: Iterable[Any], step: int) -> None:
-        """Take the choices of a run from its ``log_history``, up to a step."""
-        self.phases += tuple(replayed(records, step, self._groups, self.measure))
 
     def advance(self, step: int) -> None:
         """Choose what opens, where that is due."""
@@ -121,8 +109,8 @@ class Auto:
         return [name for name in names if BLOCK.fullmatch(name) and name not in present]
 
 
-class Converged:
-    """Freezes from the bottom, at known times, what a criterion finds lowest; what it found is on record.
+class Converged(Measured):
+    """Freezes from the bottom, at known times, what a criterion finds lowest.
 
     AutoFreeze's rule (arXiv 2102.01386): of the blocks that train, the worth at a percentile is the threshold; from the
     bottom up everything below it freezes, up to the first block that is not below.
@@ -135,49 +123,34 @@ class Converged:
         length: Optimizer updates of the whole run and of one epoch, where known.
     """
 
-    keeps_best = False
-
     def __init__(
         self,
         schedule: Schedule,
         groups: Sequence[Group],
         phases: tuple[Phase, ...],
         measure: Prober,
-        length: tuple[int | None, int | None],
+        length: Length,
     ) -> None:
+        super().__init__(groups, measure)
         given: dict[str, Any] = dict(schedule.arguments)
-        self._criterion, self._percentile, self._every = given["criterion"], given["percentile"], given["every"]
-        self._groups = groups
-        self._length = length
+        self._criterion, self._percentile = given["criterion"], given["percentile"]
+        self._ticks = Ticks(given["every"], length)
         self._units = freezings(groups)
-        self._choices = 0  # that are over
-        self.measure = measure
         self.phases = phases
         self.may_open = frozenset(phases[0].trainable)
 
-    def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
-        """Evaluations change nothing."""
-        return False
-
     def replay(self, records: Iterable[Any], step: int) -> None:
         """Take the choices of a run from its ``log_history``, up to a step."""
-        self.phases += tuple(replayed(records, step, self._groups, self.measure))
-        while self._next() < step:
-            self._choices += 1
+        super().replay(records, step)
+        self._ticks.due(step - 1)
 
     def advance(self, step: int) -> None:
         """Freeze what has converged, where a choice is due."""
         if len(self._blocks()) > 1:
             self.measure.begin(self._blocks())
-        due = 0
-        while (following := self._next()) <= step:  # in a short run two of them may fall on one step
-            due = following
-            self._choices += 1
+        due = self._ticks.due(step)
         if due and len(self._blocks()) > 1:
             self._choose(due)
-
-    def _next(self) -> int:
-        return multiple(self._every, self._choices + 1, self._length)
 
     def _open(self) -> list[frozenset[str]]:
         present = set(self.phases[-1].trainable)

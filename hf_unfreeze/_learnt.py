@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ._named import multiple, openings
+from ._measured import Measured, Ticks
+from ._named import Length, openings
 from ._probe import Prober
-from ._replay import replayed
 from ._spec import Group
 from .schedule import Phase, Schedule
 
 __all__ = ["Learnt"]
 
 
-class Learnt:
-    """Multiplies the rate of each group by a factor in [0, 1]; 0 keeps it frozen. What it set is on record.
+class Learnt(Measured):
+    """Multiplies the rate of each group by a factor in [0, 1]; 0 keeps it frozen.
 
     Args:
         schedule: An ``auto_rates`` or ``learn_rates`` schedule.
@@ -25,48 +25,27 @@ class Learnt:
         length: Optimizer updates of the whole run and of one epoch, where known.
     """
 
-    keeps_best = False
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        groups: Sequence[Group],
-        measure: Prober,
-        length: tuple[int | None, int | None],
-    ) -> None:
+    def __init__(self, schedule: Schedule, groups: Sequence[Group], measure: Prober, length: Length) -> None:
+        super().__init__(groups, measure)
         given: dict[str, Any] = dict(schedule.arguments)
-        self._every = given["every"]
         self._speed: float | None = given.get("speed")  # None: in proportion to the worth
-        self._groups, self._length = groups, length
+        self._ticks = Ticks(given["every"], length, first=0 if self._speed is None else 1)
         top = openings(groups, {"blocks": 1, "embeddings": True})[0]
         self._names = [group.name for group in groups if group.parameter_names]
         self._set = self._names if self._speed is None else [name for name in self._names if name not in top]
-        self._choices = 0  # that are over
-        self.measure = measure
         self.may_open = frozenset(self._names)
-        self.phases: tuple[Phase, ...] = (self._phase(0, dict.fromkeys(self._set, given.get("start", 1.0)), ""),)
-
-    def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
-        """Evaluations change nothing."""
-        return False
+        self.phases = (self._phase(0, dict.fromkeys(self._set, given.get("start", 1.0)), ""),)
 
     def replay(self, records: Iterable[Any], step: int) -> None:
         """Take the rates of a run from its ``log_history``, up to a step."""
-        self.phases = tuple(replayed(records, step, self._groups, self.measure, after=-1)) or self.phases
-        while self._next() < step:
-            self._choices += 1
+        self.phases = tuple(self._replayed(records, step, after=-1)) or self.phases
+        self._ticks.due(step - 1)
 
     def advance(self, step: int) -> None:
         """Set the rates anew, where that is due."""
-        due = -1
-        while (following := self._next()) <= step:  # in a short run two of them may fall on one step
-            due = following
-            self._choices += 1
-        if due >= 0:
+        due = self._ticks.due(step)
+        if due is not None:
             self._choose(due)
-
-    def _next(self) -> int:
-        return multiple(self._every, self._choices + (self._speed is not None), self._length)
 
     def _choose(self, step: int) -> None:
         worth = self.measure(self._set)

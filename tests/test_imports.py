@@ -18,8 +18,8 @@ ORDER = ["errors", "_spec", "_named", "_arguments", "_phases", "_deciding", "sch
          "_compiling", "_checkpointing", "_options", "_kept", "regularization", "_agreement", "_reducer", "_sharded",
          "distributed", "_shadow", "_keys", "_store", "_prefix", "_precision", "_fingerprints", "_exact",
          "_activations", "_stacks", "_ahead", "_caching", "cache", "criteria", "_outputs", "_probe", "_plateau",
-         "_replay", "_learnt",
-         "_decisions", "_coverage", "_transition", "_resume", "_followers", "unfreezer", "_history", "_plan",
+         "_measured",
+         "_learnt", "_decisions", "_coverage", "_transition", "_resume", "_followers", "unfreezer", "_history", "_plan",
          "_scale", "_watch", "_timeline", "_heatmap", "_trainer", "_live", "_training_arguments", "callback",
          "report", "_search", "cli", "__main__"]  # fmt: skip
 

@@ -1,0 +1,70 @@
+"""What schedules that measure have in common: regular times, and choices that are read back from ``log_history``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ._named import Length, multiple
+from ._phases import is_transition
+from ._probe import Prober
+from ._spec import Group, Time
+from .schedule import Phase, parse_selectors
+
+__all__ = ["Measured", "Ticks"]
+
+
+class Measured:
+    """Decides by what it measures; what it chose is on record, and is read back from there.
+
+    Args:
+        groups: Layer groups, bottom → top.
+        measure: What it goes by.
+    """
+
+    keeps_best = False
+    phases: tuple[Phase, ...]
+
+    def __init__(self, groups: Sequence[Group], measure: Prober) -> None:
+        self._groups, self.measure = groups, measure
+
+    def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
+        """Evaluations change nothing."""
+        return False
+
+    def replay(self, records: Iterable[Any], step: int) -> None:
+        """Take the choices of a run from its ``log_history``, up to a step."""
+        self.phases += tuple(self._replayed(records, step, after=0))
+
+    def _replayed(self, records: Iterable[Any], step: int, after: int) -> Iterator[Phase]:
+        """Yield the phases that began after a step and before ``step``, and give the measure what it found."""
+        for record in records:
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record["step"] >= step:
+                continue
+            self.measure.replay(record)
+            if is_transition(record) and record["step"] > after:
+                after = record["step"]
+                (phase,) = parse_selectors(record["unfreeze/trainable"]).phases(self._groups)
+                rates = tuple(record.get("unfreeze/rates", {}).items())
+                yield Phase(after, phase.trainable, record.get("unfreeze/reason", ""), rates=rates)
+
+
+class Ticks:
+    """Regular times, of which each is due once.
+
+    Args:
+        every: Their distance.
+        length: Optimizer updates of the whole run and of one epoch, where known.
+        first: The first time, as a number of distances from the start.
+    """
+
+    def __init__(self, every: Time, length: Length, first: int = 1) -> None:
+        self._every, self._length, self._number = every, length, first
+
+    def due(self, step: int) -> int | None:
+        """Return the newest time up to a step, once; in a short run two of them may fall on one step."""
+        newest = None
+        while (time := multiple(self._every, self._number, self._length)) <= step:
+            newest = time
+            self._number += 1
+        return newest
