@@ -126,6 +126,14 @@ class Prefix:
         modules = (m for part in (*self.stem, *self.blocks[:boundary]) for m in part.modules())
         return any(isinstance(module, _BatchNorm) and module.training for module in modules)
 
+    def hooked(self, boundary: int) -> str:
+        """Name the stem's module or the block below the boundary on which a hook of the user's own stands."""
+        for module in (*self.stem, *self.blocks[:boundary]):
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+                if not _of_a_library(getattr(hook, "__module__", "")):
+                    return type(module).__name__
+        return ""
+
     def shadows(self, host: Call | None) -> list[Shadow]:
         """Put the shadows in place."""
         found = [Shadow(module, self._stem_call(index)) for index, module in enumerate(self.stem)]
@@ -208,10 +216,14 @@ class Prefix:
         return tuple(hidden if i == place else None for i in range(count))
 
 
+def _of_a_library(module: str) -> bool:
+    return module.startswith(("torch.", "transformers."))
+
+
 @functools.cache
 def _source(kind: type) -> str:
     """The code of a class of the user's own; that of a library is told by its version."""
-    if kind.__module__.startswith(("torch.", "transformers.")):
+    if _of_a_library(kind.__module__):
         return kind.__qualname__
     try:
         return inspect.getsource(kind)

@@ -57,6 +57,8 @@ def problem_of(stack: Stack, batch: Batch, run: Run, model: nn.Module) -> str:
         return "the blocks are not called once each, in order"
     if stack.prefix.splits(stack.boundary):
         return SPLIT
+    if hooked := stack.prefix.hooked(stack.boundary):
+        return f"a forward hook on a frozen {hooked} would see what is passed over"
     if stack.prefix.batch_norm(stack.boundary):
         return "a batch norm in the frozen blocks uses the statistics of each batch"
     if hidden.dim() < 3 or hidden.shape[0] != batch.size:

@@ -69,6 +69,13 @@ def seeded(make):
     return model
 
 
+def tiny_bert_with_a_hook():
+    """Its hook reads what a frozen block returns."""
+    model = tiny_bert()
+    model.bert.encoder.layer[0].register_forward_hook(lambda module, args, output: None)
+    return model
+
+
 OFF = {
     "random numbers are drawn": (tiny_bert, {"frozen_eval": False}),
     "a batch norm": (seeded(WithBatchNorm), {"frozen_eval": False}),
@@ -78,6 +85,7 @@ OFF = {
     "not called once each": (
         seeded(lambda: AlbertForSequenceClassification(
             AlbertConfig(vocab_size=50, num_labels=3, embedding_size=16, **SIZES))), {}),
+    "a forward hook on a frozen BertLayer": (tiny_bert_with_a_hook, {}),
     "output_hidden_states=True": (lambda: tiny_bert(output_hidden_states=True), {}),
 }  # fmt: skip
 
@@ -159,10 +167,10 @@ class Noisy(BertForSequenceClassification):
 
     def __init__(self, config):
         super().__init__(config)
-        self.bert.embeddings.register_forward_hook(self._draw)
+        self.bert.encoder.register_forward_pre_hook(self._draw)
 
-    def _draw(self, module, args, output):
-        return output + torch.rand(1) if self.noisy else output
+    def _draw(self, module, args):
+        return (args[0] + torch.rand(1), *args[1:]) if self.noisy else args
 
 
 def test_random_numbers_drawn_from_a_later_phase_on_are_noticed():
