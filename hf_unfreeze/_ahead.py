@@ -10,7 +10,7 @@ import contextlib
 import functools
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,20 +106,22 @@ def fill(
     state, done = random_state(stack.prefix.device), 0
     room, before = activations.store.max_bytes - activations.store.nbytes, activations.written
     options = {name: value for name, value in kwargs.items() if not _is_batch(value)}
+    host = {*stack.prefix.host.modules()}
+    allowed = host | {module for module in model.modules() if stack.prefix.host in module.modules()}
     stack.fill = functools.partial(activations.fill, boundary, ahead.at_a_time)
     try:
         for inputs in ahead.batches():
             given = {name: value for name, value in inputs.items() if name in kwargs and _is_batch(value)}
-            if given.keys() | options.keys() != kwargs.keys():
+            if not given or given.keys() | options.keys() != kwargs.keys():
                 break  # the run makes its inputs from these in a way of its own
             try:
-                with torch.no_grad(), _nothing_before(stack.prefix.host, model):
+                with torch.no_grad(), _nothing_before(allowed):
                     forward(**options, **given)
             except Reached:
                 pass
             except _Elsewhere:
                 break  # it would get a thousand examples at once, and may keep statistics of them
-            done += WINDOW
+            done += len(next(iter(given.values())))
             if not 0 < (activations.written - before) / done * ahead.examples <= room:
                 break  # all are there already, or have no room: the first would be out before they come by
     finally:
@@ -132,11 +134,9 @@ class _Elsewhere(Exception):
 
 
 @contextlib.contextmanager
-def _nothing_before(host: nn.Module, model: nn.Module) -> Iterator[None]:
-    known = {*host.modules(), *(module for module in model.modules() if host in module.modules())}
-
+def _nothing_before(allowed: Set[nn.Module]) -> Iterator[None]:
     def look(module: nn.Module, args: Any) -> None:
-        if module not in known and (module._parameters or module._buffers):
+        if module not in allowed and (module._parameters or module._buffers):
             raise _Elsewhere
 
     handle = register_module_forward_pre_hook(look)

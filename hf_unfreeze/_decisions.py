@@ -24,6 +24,8 @@ class Decisions(Protocol):
     phases: tuple[Phase, ...]
     may_open: frozenset[str]
     keeps_best: bool
+    only_freezes: bool  # what trains later trains from the start
+    by_evaluations: bool
 
     @property
     def measure(self) -> Prober | None:
@@ -42,7 +44,7 @@ class Decisions(Protocol):
 class Timed:
     """Phases that are all known beforehand."""
 
-    keeps_best = False
+    keeps_best = only_freezes = by_evaluations = False
     measure: Prober | None = None
 
     def __init__(self, phases: tuple[Phase, ...]) -> None:
@@ -122,6 +124,8 @@ class Converged(Measured):
         measure: Gives each block that trains its worth.
         length: Optimizer updates of the whole run and of one epoch, where known.
     """
+
+    only_freezes = True
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ class Measured:
         measure: What it goes by.
     """
 
-    keeps_best = False
+    keeps_best = only_freezes = by_evaluations = False
     phases: tuple[Phase, ...]
 
     def __init__(self, groups: Sequence[Group], measure: Prober) -> None:

@@ -82,8 +82,12 @@ class Schedule:
             log_history: ``trainer.state.log_history``, or that of a ``trainer_state.json``.
 
         Raises:
-            ScheduleError: It holds neither.
+            ScheduleError: It holds neither, or is no list.
         """
+        if not isinstance(log_history, Iterable):
+            raise ScheduleError(
+                f"{type(log_history).__name__} is no log_history. Write Schedule.from_log(trainer.state.log_history)."
+            )
         log_history = list(log_history)
         entries: list[Entry] = []
         transitions = list(filter(is_transition, log_history))

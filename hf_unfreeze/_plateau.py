@@ -31,7 +31,9 @@ class Plateau:
         steps_per_epoch: Optimizer updates in one epoch.
     """
 
-    measure: None = None  # it goes by evaluations alone
+    measure: None = None
+    by_evaluations = True
+    only_freezes = False
 
     def __init__(
         self, schedule: Schedule, groups: Sequence[Group], total_steps: int | None, steps_per_epoch: int | None

@@ -135,7 +135,7 @@ class Unfreezer:
         prober = partial(Prober, root, by_name, self.optimizer, self.schedule, probe)
         self.decisions = decisions_of(self.schedule, self.groups, total_steps, steps_per_epoch, prober)
         measure = self.decisions.measure
-        if kept is not None and measure and (self.schedule.name != "freeze_converged" or measure.criterion.outputs):
+        if kept is not None and measure and (not self.decisions.only_freezes or measure.criterion.outputs):
             raise UnfreezeError(
                 f"{self.schedule} measures inside frozen blocks, and the cache passes them over. "
                 "Write cache=None, or another schedule."
@@ -226,7 +226,7 @@ class Unfreezer:
             global_step: Optimizer updates done so far; by default one more than at the last ``step()``.
         """
         step = self._done if global_step is None else whole_number("global_step", global_step, 0)
-        if self.schedule.name != "plateau":
+        if not self.decisions.by_evaluations:
             return
         agreed = of_rank_0(metrics)
         self.memory.note([agreed], step)
@@ -308,7 +308,7 @@ class Unfreezer:
     def _upcoming(self) -> list[Phase]:
         possible = [Phase(self._step, names) for names in self.schedule.decided(self.groups)]
         known = [phase for phase in self.phases if self._current is None or phase.start >= self._current.start]
-        return known + (possible if self.schedule.name == "freeze_converged" else [])
+        return known + (possible if self.decisions.only_freezes else [])
 
     def _factors(self) -> dict[str, float]:
         return self._multipliers(self._step, self._opened, dict(self._current.rates) if self._current else {})

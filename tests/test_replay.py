@@ -68,6 +68,13 @@ def test_entries_by_hand():
     )
 
 
+def test_what_is_no_log_is_refused():
+    with pytest.raises(ScheduleError, match=r"object is no log_history. Write Schedule.from_log\(trainer.state"):
+        Schedule.from_log(object())
+    with pytest.raises(ScheduleError, match="has no transition"):
+        Schedule.from_log([{"loss": 1.0, "step": 3}])
+
+
 def test_what_trained_before_the_first_transition_was_everything(make_trainer, tmp_path):
     make_trainer(UnfreezeCallback("all_at_once"), save_strategy="steps", save_steps=4).train()
     again = make_trainer(UnfreezeCallback("head@0"), output_dir=str(tmp_path / "again"))
