@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from ._named import NAMED, Value
-from ._spec import Time
+from ._time import Time
 from .errors import ScheduleError, near_match
 
 __all__ = ["check_arguments", "from_python", "read_arguments", "write_arguments"]

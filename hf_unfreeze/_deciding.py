@@ -6,7 +6,7 @@ from typing import Any
 
 from ._arguments import from_python
 from ._phases import Schedule
-from ._spec import Time
+from ._time import Time
 
 __all__ = ["auto", "auto_rates", "build_named", "freeze_converged", "learn_rates", "plateau"]
 

@@ -8,7 +8,8 @@ from typing import Any
 from ._named import Length, multiple
 from ._phases import is_transition
 from ._probe import Prober
-from ._spec import Group, Time
+from ._spec import Group
+from ._time import Time
 from .schedule import Phase, parse_selectors
 
 __all__ = ["Measured", "Ticks"]

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from ._spec import BLOCK, Group, Selector, Time
+from ._spec import BLOCK, Group, Selector
+from ._time import Time
 from .errors import ScheduleError
 
 __all__ = ["NAMED", "Change", "Length", "NamedSchedule", "Value", "freezings", "multiple", "openings"]

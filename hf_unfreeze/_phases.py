@@ -32,6 +32,10 @@ def is_transition(record: Any) -> bool:
 class Phase:
     """An interval of the run with a constant trainable set.
 
+    Example:
+        >>> parse_schedule("head@0, all@40step").phases(layer_groups(bert))[0]
+        Phase(start=0, trainable=('head',), reason='', restores=False, rates=())
+
     Args:
         start: Optimizer step (``state.global_step``) from which it holds.
         trainable: Names of the trainable groups, bottom → top.
@@ -112,6 +116,10 @@ class Schedule:
 
         Where the data decides, only the first is known; ``decided`` lists what may follow.
 
+        Example:
+            >>> [phase.start for phase in parse_schedule("head@0, all@50%").phases(layer_groups(bert), total_steps=80)]
+            [0, 40]
+
         Args:
             groups: ``layer_groups(model)``, bottom → top.
             total_steps: Optimizer updates of the whole run.
@@ -147,7 +155,15 @@ class Schedule:
         return tuple(phases)
 
     def decided(self, groups: Sequence[Group]) -> tuple[tuple[str, ...], ...]:
-        """List the trainable sets, in order, whose time the data will decide; none of a timed schedule."""
+        """List the trainable sets, in order, whose time the data will decide; none of a timed schedule.
+
+        Example:
+            >>> parse_schedule("plateau(eval_loss)").decided(layer_groups(bert))[0]
+            ('block[1]', 'head')
+
+        Args:
+            groups: ``layer_groups(model)``, bottom → top.
+        """
         sets = NAMED[self.name].decided if self.name else None
         return tuple(
             tuple(group.name for group in groups if group.name in opened and group.parameter_names)

@@ -43,7 +43,22 @@ SHOWN = 50  # phases in a table for people: a schedule that rotates has thousand
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One phase: where it starts (None where the data decides), what trains, and what that costs (None if unknown)."""
+    """One phase of a plan, and what it costs.
+
+    Example:
+        >>> plan_rows(model, layer_groups(model), [Phase(0, ("head",))])[0].trainable_params
+        148995
+
+    Args:
+        phase: Number of the phase, from 0.
+        start_step: Optimizer step at which it begins; None where the data decides.
+        start_epoch: The same in epochs; None where their length is not known.
+        trainable: What trains, as selectors.
+        trainable_params: Number of parameters in it.
+        trainable_share: Their share of all parameters, from 0 to 1.
+        gradient_bytes: Bytes of their gradients.
+        optimizer_bytes: Bytes of the optimizer's state of them; None where that is not known.
+    """
 
     phase: int
     start_step: int | None
@@ -100,6 +115,12 @@ def plan_rows(
     decided: Sequence[tuple[str, ...]] = (),
 ) -> list[PlanRow]:
     """List the phases with their cost.
+
+    Example:
+        >>> groups = layer_groups(model)
+        >>> phases = parse_schedule("head@0, all@40step").phases(groups)
+        >>> [row.start_step for row in plan_rows(model, groups, phases)]
+        [0, 40]
 
     Args:
         model: The model the groups belong to; the meta device will do.

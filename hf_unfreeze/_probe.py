@@ -32,6 +32,10 @@ _ADAPTIVE = ("adam", "lion", "adafactor", "rmsprop", "adagrad", "lamb")
 class Probe:
     """Where the batches come from that a schedule such as ``auto`` measures on.
 
+    Example:
+        >>> probe = Probe(lambda model, batch: model(**batch).loss, train=lambda count: batches[:count])
+        >>> unfreezer = Unfreezer(model, optimizer, "auto(fisher, every=10%)", total_steps=400, probe=probe)
+
     Args:
         loss: Loss of a model on a batch.
         train: Returns so many training batches, always the same ones; on several ranks each its share.

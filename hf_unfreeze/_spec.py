@@ -1,4 +1,4 @@
-"""The words of the schedule language: points in time, selectors, and entries that join the two. Needs no torch."""
+"""The words of the schedule language: selectors, and entries that join them with a time. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Protocol
 
+from ._time import Time
 from .errors import ScheduleError, near_match
 
-__all__ = ["BLOCK", "Entry", "Group", "Selector", "Time", "spec_of"]
+__all__ = ["BLOCK", "Entry", "Group", "Selector", "spec_of"]
 
 BLOCK = re.compile(r"(?:(.+)\.)?block\[(\d+)\]")  # the name of a block: its stack and its index
-UNITS = ("step", "ep", "%")
 _SINGLE = ("all", "head", "embeddings", "connector")  # groups that have no index
-_TIME = re.compile(r"(\d{1,999}(?:\.\d{1,999})?)\s*([A-Za-z%]*)")  # Python reads no whole number over 4,300 digits
 _SELECTOR = re.compile(r"(?:([A-Za-z_][\w.]*)\.)?([A-Za-z_]\w*)\s*(?:\[([^\]]*)\])?")
 _SLIPS = (  # what is written now and then, what is meant, and how to say so
     (r"(@\s*[\d.]+\s*(?:step|ep|%)?)\s+(?=-?\s*[A-Za-z_][^@]*@)|\s*;\s*", r"\1, ", "a comma", "between two entries"),
@@ -39,95 +37,6 @@ class Group(Protocol):
     def level(self) -> int | None: ...
 
 
-@dataclass(frozen=True)
-class Time:
-    """A point in the run, or a distance in it, exact: ``Time.parse("1.5ep")``.
-
-    Args:
-        value: Number of units, a ``Fraction`` or an int, never negative, a decimal with an end; a whole number where
-            the unit is ``step``.
-        unit: ``step`` (optimizer updates), ``ep`` (epochs) or ``%`` (of all optimizer updates of the run).
-    """
-
-    value: Fraction
-    unit: str = "step"
-
-    def __post_init__(self) -> None:
-        value: object = self.value
-        if not isinstance(value, (int, Fraction)) or isinstance(value, bool):
-            raise ScheduleError(f"a time is a whole number or a Fraction, not {value!r}. Write Time.parse('1.5ep').")
-        object.__setattr__(self, "value", Fraction(value))
-        _check_unit(self.unit, "", f"Time({value}, {self.unit!r})")
-        if value < 0:
-            raise ScheduleError(f"{value}{self.unit} lies before the run. Write 0 or more.")
-        if self.value == 0:
-            object.__setattr__(self, "unit", "step")
-        if 10 ** self.value.denominator.bit_length() % self.value.denominator:  # has other factors than 2 and 5
-            near = math.ceil(self.value) if self.unit == "step" else f"{float(self.value):.4g}"
-            raise ScheduleError(
-                f"{self.value}{self.unit} has no end as a decimal. Write for instance {near}{self.unit}."
-            )
-        if self.unit == "step" and self.value.denominator != 1:
-            raise ScheduleError(f"{self}: steps are whole numbers. Write for instance {math.ceil(self.value)}step.")
-        if self.unit == "%" and self.value > 100:
-            raise ScheduleError(f"{self} lies beyond the run. Percentages go from 0% to 100%.")
-
-    @classmethod
-    def parse(cls, text: str) -> Time:
-        """Read ``0``, ``500step``, ``1.5ep`` or ``30%``; raise ScheduleError for anything else."""
-        match = _TIME.fullmatch(text.strip())
-        if not match:
-            raise ScheduleError(f"{text.strip()!r} is no time. Write 0, 500step, 1.5ep or 30%.")
-        number, unit = match.groups()
-        if not unit and Fraction(number) != 0:
-            *others, last = map(str, _with_units(Fraction(number)))
-            raise ScheduleError(f"{number} has no unit. Write {', '.join(others)}{' or ' if others else ''}{last}.")
-        _check_unit(unit or "step", number, text.strip())
-        return cls(Fraction(number), unit or "step")
-
-    def to_step(self, total_steps: int | None, steps_per_epoch: int | None) -> int:
-        """Return the first optimizer step that begins at or after this time.
-
-        Args:
-            total_steps: Optimizer updates in the whole run; needed for ``%``.
-            steps_per_epoch: Optimizer updates in one epoch, a last partial accumulation window included; needed for
-                ``ep``.
-        """
-        if self.unit == "step":
-            return int(self.value)
-        known = steps_per_epoch if self.unit == "ep" else total_steps
-        if known is None:
-            what, other = ("steps_per_epoch", "%") if self.unit == "ep" else ("total_steps", "ep")
-            raise ScheduleError(
-                f"{self} needs {what}, which is not known here (a dataset without a length has no epochs). "
-                f"Write the time in step or {other} instead, or pass {what}."
-            )
-        return math.ceil(self.value * known / (1 if self.unit == "ep" else 100))
-
-    def __str__(self) -> str:
-        if self.value == 0:
-            return "0"
-        digits = 0
-        while (self.value * 10**digits).denominator != 1:
-            digits += 1
-        number = f"{int(self.value * 10**digits):0{digits + 1}d}"
-        return f"{number[:-digits]}.{number[-digits:]}{self.unit}" if digits else f"{number}{self.unit}"
-
-
-def _check_unit(unit: str, number: str, written: str) -> None:
-    if unit not in UNITS:
-        guess = next((u for u in UNITS if str(unit).lower().startswith(u)), "")
-        hint = f" Did you mean {number}{guess}?" if guess else near_match(str(unit), UNITS)
-        raise ScheduleError(f"{unit!r} in {written!r} is no unit. Units are step, ep and %.{hint}")
-
-
-def _with_units(number: Fraction) -> list[Time]:
-    """List what a number without a unit can mean: no step is a part of one, and 0.5 as a share is 50%."""
-    share = number if number >= 1 or number.denominator == 1 else number * 100
-    steps = [Time(number)] if number.denominator == 1 else []
-    return [*steps, Time(number, "ep"), *([Time(share, "%")] if share <= 100 else [])]
-
-
 _NO_STRUCTURE = (
     "no structure was found in this model, so it has one group, all_parameters. Tried: its row in the registry, timm's "
     "group_matcher, lists of blocks told by class, by _no_split_modules or by name, the longest run of equal layers."
@@ -138,7 +47,11 @@ _NO_STRUCTURE = (
 
 @dataclass(frozen=True)
 class Selector:
-    """Names layer groups: ``Selector.parse("decoder.block[-4:]")``.
+    """Names layer groups.
+
+    Example:
+        >>> Selector.parse("block[-1:]").select(layer_groups(bert))
+        ['block[1]']
 
     Args:
         group: ``all``, ``head``, ``embeddings``, ``block`` or another name that ``layer_groups`` gives.
@@ -228,7 +141,18 @@ class Selector:
 
 @dataclass(frozen=True)
 class Entry:
-    """One ``selector@time``: what opens, at what multiple of the rate, or with ``freeze`` is frozen, and when."""
+    """One ``selector@time``: what opens, at what multiple of the rate, or with ``freeze`` is frozen, and when.
+
+    Example:
+        >>> str(Entry.parse("block[0] * 0.1 @ 1.0ep"))
+        'block[0]*0.1@1ep'
+
+    Args:
+        selector: The groups.
+        time: When; it holds from the first optimizer step at or after it.
+        freeze: Whether they are frozen then.
+        rate: Multiple of the learning rate, above 0.
+    """
 
     selector: Selector
     time: Time
@@ -269,7 +193,16 @@ def _rate(text: str) -> float:
 
 
 def spec_of(names: Iterable[str], groups: Sequence[Group]) -> str:
-    """Write a set of groups as selectors, runs of blocks folded: ``block[4:6], head``, or ``all``."""
+    """Write a set of groups as selectors, runs of blocks folded.
+
+    Example:
+        >>> spec_of(["block[0]", "block[1]", "head"], layer_groups(bert))
+        'block[0:2], head'
+
+    Args:
+        names: Names of groups.
+        groups: ``layer_groups(model)``, bottom → top.
+    """
     wanted = set(names)
     owned = [group.name for group in groups if group.parameter_names]
     if wanted.issuperset(owned):

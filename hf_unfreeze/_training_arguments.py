@@ -17,6 +17,8 @@ class UnfreezeArguments:
         >>> parser = HfArgumentParser((UnfreezeArguments, TrainingArguments))
         >>> unfreeze_args, training_args = parser.parse_args_into_dataclasses()
         >>> Trainer(..., args=training_args, callbacks=[UnfreezeCallback.from_arguments(unfreeze_args)])
+
+    Each field means what the argument of that name means for ``UnfreezeCallback``; ``help`` tells it in short.
     """
 
     schedule: str | None = field(

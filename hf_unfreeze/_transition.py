@@ -16,7 +16,20 @@ _ANNOUNCED = 32  # phases that ranks compare ahead: a schedule that rotates has 
 
 @dataclass(frozen=True)
 class Transition:
-    """What changed at a step: the phase that began, its trainable set as a spec, that set's parameters, why, rates."""
+    """What changed at a step.
+
+    Example:
+        >>> Transition(step=40, phase=1, trainable="block[5], head", trainable_params=2_000_000).reason
+        ''
+
+    Args:
+        step: Optimizer updates done so far.
+        phase: Number of the phase that began, from 0.
+        trainable: Its trainable set, as selectors.
+        trainable_params: Number of parameters in it.
+        reason: Why it began, where the data decided.
+        rates: ``(name, factor)`` of each group whose learning rate is multiplied.
+    """
 
     step: int
     phase: int

@@ -97,6 +97,12 @@ class FrozenPrefixCache:
         Example:
             >>> FrozenPrefixCache.parse("disk:runs/cache").store.folder.parent.name
             'cache'
+
+        Args:
+            cache: One of these; a ``FrozenPrefixCache`` comes back as it is.
+
+        Raises:
+            UnfreezeError: It is none of these.
         """
         if cache is None or cache == "off":  # a command line cannot say None
             return None

@@ -129,7 +129,14 @@ class UnfreezeCallback(TrainerCallback):
 
     @classmethod
     def from_arguments(cls, arguments: UnfreezeArguments) -> UnfreezeCallback:
-        """Make the callback that the parsed arguments describe."""
+        """Make the callback that the parsed arguments describe.
+
+        Example:
+            >>> UnfreezeCallback.from_arguments(UnfreezeArguments(schedule="gradual(every=1ep)", pull=0.01))
+
+        Args:
+            arguments: As ``HfArgumentParser`` returns them.
+        """
         return cls(**vars(arguments))
 
     def on_train_begin(

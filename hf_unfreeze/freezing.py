@@ -78,7 +78,16 @@ def set_trainable(model: nn.Module, selectors: str) -> None:
 
 @dataclass(frozen=True)
 class TrainableSummary:
-    """Numbers of parameters, each distinct one counted once; prints as PEFT does."""
+    """Numbers of parameters, each distinct one counted once; prints as PEFT does.
+
+    Example:
+        >>> print(TrainableSummary(trainable=1200, total=4800))
+        trainable params: 1,200 || all params: 4,800 || trainable%: 25.0000
+
+    Args:
+        trainable: Those that require grad.
+        total: All of them.
+    """
 
     trainable: int
     total: int
@@ -94,6 +103,9 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     Example:
         >>> trainable_summary(torch.nn.Linear(2, 1))
         TrainableSummary(trainable=3, total=3)
+
+    Args:
+        model: Any module.
     """
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return TrainableSummary(sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes))

@@ -29,6 +29,10 @@ WRAPPERS = ("torch.nn.parallel", "torch._dynamo", "peft.")
 class LayerGroup:
     """A set of parameters that is frozen and opened as one.
 
+    Example:
+        >>> layer_groups(bert)[1].parameter_names[0]
+        'encoder.layer.0.attention.self.query.weight'
+
     Args:
         name: ``embeddings``, ``block[3]``, ``decoder.block[0]``, ``connector``, ``head``; where something lies between
             stacks at several heights, ``vision.connector``, named by the stack right below.

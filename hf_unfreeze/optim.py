@@ -58,6 +58,14 @@ def unsuitable(optimizer: torch.optim.Optimizer) -> str:
 def decay_multipliers(groups: Sequence[LayerGroup], layer_decay: float) -> dict[str, float]:
     """Return ``layer_decay ** d`` per group, d levels below the head: 1 for the head, least for the embeddings.
 
+    Example:
+        >>> decay_multipliers(layer_groups(bert), 0.5)
+        {'embeddings': 0.125, 'block[0]': 0.25, 'block[1]': 0.5, 'head': 1.0}
+
+    Args:
+        groups: ``layer_groups(model)``, bottom → top.
+        layer_decay: Factor from each level to the one below it.
+
     Raises:
         UnfreezeError: ``layer_decay`` is not in (0, 1].
 

@@ -26,7 +26,8 @@ from pathlib import Path
 from ._arguments import read_arguments
 from ._deciding import auto, auto_rates, build_named, freeze_converged, learn_rates, plateau
 from ._phases import Phase, Schedule
-from ._spec import Entry, Selector, Time, spec_of
+from ._spec import Entry, Selector, spec_of
+from ._time import Time
 from .errors import ScheduleError
 
 __all__ = [
@@ -63,6 +64,9 @@ def parse_schedule(spec: str | Schedule) -> Schedule:
     Example:
         >>> parse_schedule("gradual(every=0.5ep)")
         Schedule(entries=(), name='gradual', arguments=(('every', Time(value=Fraction(1, 2), unit='ep')), ...
+
+    Args:
+        spec: ``selector@time`` entries or the name of a schedule with its arguments, as above, or a path.
 
     Raises:
         ScheduleError: With every fault of the text, what is allowed, and a near match.
@@ -107,6 +111,13 @@ def _replay(path: Path) -> Schedule:
 
 def parse_selectors(selectors: str) -> Schedule:
     """Read selectors without times, ``"head, block[-2:]"``, as the schedule that opens them for a whole run.
+
+    Example:
+        >>> parse_selectors("head, block[-1]").phases(layer_groups(bert))[0].trainable
+        ('block[1]', 'head')
+
+    Args:
+        selectors: As in a schedule, without ``@time``.
 
     Raises:
         ScheduleError: A selector cannot be read.

@@ -12,16 +12,8 @@ import torch
 from torch import nn
 
 from ._adapters import eligible_groups
-from ._coverage import (
-    check_optimizer,
-    claim,
-    opened_since,
-    release,
-    take_over,
-    train_everything,
-    warn_unreached,
-    without_frozen,
-)
+from ._at_work import claim, release, take_over
+from ._coverage import check_optimizer, opened_since, train_everything, warn_unreached, without_frozen
 from ._decisions import decisions_of
 from ._followers import followers_of
 from ._kept import BestWeights, Kept, Pretrained
@@ -194,6 +186,9 @@ class Unfreezer:
 
         Returns:
             The transition, or None where the trainable set stays as it is.
+
+        Raises:
+            UnfreezeError: It is closed, ``global_step`` is no whole number, or ranks disagree.
         """
         if self._closed:
             raise UnfreezeError("this Unfreezer is closed. Make a new one for another run.")
@@ -224,6 +219,9 @@ class Unfreezer:
         Args:
             metrics: Name → number. On several ranks those of rank 0 hold.
             global_step: Optimizer updates done so far; by default one more than at the last ``step()``.
+
+        Raises:
+            ScheduleError: The metric is no number.
         """
         step = self._done if global_step is None else whole_number("global_step", global_step, 0)
         if not self.decisions.by_evaluations:
@@ -243,6 +241,9 @@ class Unfreezer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict()`` returned; then call ``step()`` with the step at which the run goes on.
+
+        Args:
+            state: What it returned, also after ``torch.save`` and ``torch.load``.
 
         Raises:
             UnfreezeError: This run has begun already, or the other kept no weights to return to.
@@ -281,7 +282,7 @@ class Unfreezer:
         return {group.name: rates[group.name] for group in self.groups if group.name in rates}
 
     def parameters_in(self, phase: Phase) -> int:
-        """Return the number of parameters that train in a phase."""
+        """Return the number of parameters that train in a phase, one of ``phases``."""
         names = set(phase.trainable)
         return sum(p.numel() for group, parameters in self._members if group.name in names for p in parameters)
 
