@@ -22,7 +22,7 @@ def heatmap(run: Any) -> Figure:
         >>> heatmap(trainer).savefig("criterion.png")
 
     Args:
-        run: A Trainer that has trained with ``auto`` or ``freeze_converged``, or its ``state.log_history``.
+        run: A Trainer that has trained with a schedule that measures, such as ``auto``, or its ``state.log_history``.
 
     Raises:
         UnfreezeError: Nothing was measured in this run.

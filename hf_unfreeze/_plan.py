@@ -146,7 +146,15 @@ def plan_rows(
 
 
 def plan_table(rows: Sequence[PlanRow], title: str) -> Table:
-    """Draw the plan as a rich table."""
+    """Draw the plan as a rich table.
+
+    Example:
+        >>> rich.print(plan_table(plan_rows(model, groups, phases), "gradual(every=1ep)"))
+
+    Args:
+        rows: As ``plan_rows`` gives them; the first 50 are shown.
+        title: What stands above them.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -180,7 +188,17 @@ def _more(rows: Sequence[Any]) -> str:
 
 
 def model_card_section(schedule: str, log_history: Sequence[dict[str, Any]]) -> str:
-    """Write the Markdown section for a model card: the schedule, and each transition that happened."""
+    """Write the Markdown section for a model card: the schedule, and each transition that happened.
+
+    Example:
+        >>> section = model_card_section("head@0, all@1ep", trainer.state.log_history)
+        >>> section.splitlines()[0]
+        '## Unfreezing'
+
+    Args:
+        schedule: As it was given.
+        log_history: ``trainer.state.log_history``.
+    """
     lines = [
         "## Unfreezing",
         "",
