@@ -52,6 +52,7 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", r"ignore:\s*Online softmax is disabled:UserWarning")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Mark what trains with a Trainer, so that the run at each save can leave it out; keep on one worker what shares
     processes that a fixture launches."""
