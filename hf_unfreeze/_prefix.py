@@ -17,6 +17,8 @@ from .groups import LayerGroup, layer_groups
 
 __all__ = ["Prefix", "Reached", "Run", "find_prefixes"]
 
+LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.")  # whose hooks read nothing of a frozen block
+
 
 class Reached(Exception):
     """Ends a forward at the boundary: what lies above is not wanted."""
@@ -130,7 +132,7 @@ class Prefix:
         """Name the stem's module or the block below the boundary on which a hook of the user's own stands."""
         for module in (*self.stem, *self.blocks[:boundary]):
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-                if not _of_a_library(getattr(hook, "__module__", "")):
+                if not str(getattr(hook, "func", hook).__module__).startswith(LIBRARIES):
                     return type(module).__name__
         return ""
 
@@ -216,14 +218,10 @@ class Prefix:
         return tuple(hidden if i == place else None for i in range(count))
 
 
-def _of_a_library(module: str) -> bool:
-    return module.startswith(("torch.", "transformers."))
-
-
 @functools.cache
 def _source(kind: type) -> str:
     """The code of a class of the user's own; that of a library is told by its version."""
-    if _of_a_library(kind.__module__):
+    if kind.__module__.startswith(("torch.", "transformers.")):
         return kind.__qualname__
     try:
         return inspect.getsource(kind)
