@@ -146,7 +146,7 @@ class Converged(Measured):
     def replay(self, records: Iterable[Any], step: int) -> None:
         """Take the choices of a run from its ``log_history``, up to a step."""
         super().replay(records, step)
-        self._ticks.due(step - 1)
+        self._ticks.due(step - 1)  # those are over
 
     def advance(self, step: int) -> None:
         """Freeze what has converged, where a choice is due."""

@@ -39,7 +39,7 @@ class Learnt(Measured):
     def replay(self, records: Iterable[Any], step: int) -> None:
         """Take the rates of a run from its ``log_history``, up to a step."""
         self.phases = tuple(self._replayed(records, step, after=-1)) or self.phases
-        self._ticks.due(step - 1)
+        self._ticks.due(step - 1)  # those are over
 
     def advance(self, step: int) -> None:
         """Set the rates anew, where that is due."""
