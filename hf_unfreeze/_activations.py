@@ -131,7 +131,8 @@ class Activations:
         """Store what a run has captured, an example at a time and without its padding."""
         for boundary, hidden in captured.items():
             self._computed_in = hidden.dtype
-            there = hidden.detach().to("cpu", self.dtype or hidden.dtype)
+            device = hidden.device if self.store.beside_model else "cpu"
+            there = hidden.detach().to(device, self.dtype or hidden.dtype)
             salt = self.fingerprints.of(boundary, batch.salt)
             rows = zip(members, there, strict=True)
             kept = [(row[: batch.lengths[member]] if batch.padded else row).clone() for member, row in rows]
@@ -157,7 +158,9 @@ class Activations:
                     run.activation = self._assembled(batch, held, tokens)
                 began = time.perf_counter()
                 self._run_to_stop(run, forward, take(batch, part, tokens))
-                self.keep(batch, part, run.captured)  # copies to the host, and so waits for an accelerator
+                self.keep(batch, part, run.captured)
+                if self.prefix.device.type != "cpu":
+                    torch.accelerator.synchronize(self.prefix.device)  # else only the launches would be timed
                 self.stats.seconds += time.perf_counter() - began
                 self.stats.timed += len(part)
                 yield part, blank(batch, part, run.captured[boundary])
@@ -181,11 +184,12 @@ class Activations:
 
     def _assembled(self, batch: Batch, rows: list[torch.Tensor], tokens: int = 0) -> torch.Tensor:
         """Put stored rows into one tensor on the device of the model, as long as the batch or as ``tokens``."""
-        device = self.prefix.device
+        device, kept_on = self.prefix.device, rows[0].device
         tokens = tokens or (batch.tokens if batch.padded else rows[0].shape[0])
         shape = (len(rows), tokens, *rows[0].shape[1:])
         make = torch.zeros if any(row.shape[0] < tokens for row in rows) else torch.empty
-        there = make(shape, dtype=self._computed_in, pin_memory=device.type == "cuda")
+        pinned = kept_on.type == "cpu" and device.type == "cuda"
+        there = make(shape, dtype=self._computed_in, device=kept_on, pin_memory=pinned)
         for place, row in zip(there, rows, strict=True):
             place[: row.shape[0]] = row
         return there.to(device, non_blocking=True)
@@ -216,7 +220,7 @@ class Activations:
 
     def _off(self, stored: torch.Tensor, again: torch.Tensor) -> tuple[float, float]:
         """Return how far apart two activations of an example are, and how far they may be."""
-        again = again[: stored.shape[0]].to("cpu", stored.dtype)
+        again = again[: stored.shape[0]].to(stored.device, stored.dtype)
         share = HALF_TOLERANCE if self.fingerprints.coarse else TOLERANCE.get(stored.dtype, HALF_TOLERANCE)
         return float((again - stored).abs().max()), share * max(float(again.abs().max()), 1.0)
 

@@ -42,9 +42,19 @@ class Store(Protocol):
     def max_bytes(self) -> int:
         """Most bytes to keep."""
 
+    @property
+    def beside_model(self) -> bool:
+        """Whether activations stay on the device that computed them."""
 
-def free_memory() -> int:
-    """Return the bytes of memory that are free, by the operating system; 8 GiB where it does not say."""
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on a device, or in main memory where the device has none of its own.
+
+    8 GiB where the operating system does not say.
+    """
+    of_device = getattr(torch.get_device_module(device), "mem_get_info", None)
+    if of_device is not None:
+        return int(of_device(device)[0])
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -55,10 +65,10 @@ def free_memory() -> int:
 
 
 class MemoryStore:
-    """Keeps the most recently used activations, up to ``max_bytes``."""
+    """Keeps the most recently used activations, up to ``max_bytes``, in main memory or beside the model."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int, beside_model: bool = False) -> None:
+        self.max_bytes, self.beside_model = max_bytes, beside_model
         self._rows: OrderedDict[bytes, torch.Tensor] = OrderedDict()
         self._nbytes = 0
 
@@ -92,6 +102,8 @@ class DiskStore:
 
     A full disk or a full file only ends the writing; a file that cannot be read is begun again.
     """
+
+    beside_model = False
 
     def __init__(self, folder: str | Path, max_bytes: int | None = None) -> None:
         try:

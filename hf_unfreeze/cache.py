@@ -25,7 +25,8 @@ from .schedule import RECOMMENDED, Phase, Schedule
 __all__ = ["CacheStats", "FrozenPrefixCache", "recommended"]
 
 FOLDER = "~/.cache/hf_unfreeze"
-ALLOWED = "a cache is 'memory', 'disk', 'disk:FOLDER', 'off' or a FrozenPrefixCache"
+STORES = ("memory", "disk", "device")
+ALLOWED = "a cache is 'memory', 'device', 'disk', 'disk:FOLDER', 'off' or a FrozenPrefixCache"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -56,8 +57,10 @@ class FrozenPrefixCache:
         >>> UnfreezeCallback("gradual(every=1ep)", cache=FrozenPrefixCache("disk", folder="runs/cache"))
 
     Args:
-        store: ``"memory"`` (goes with the process), or ``"disk"`` (an lmdb file that runs and ranks share).
-        max_bytes: Most bytes to keep; by default a quarter of the free memory, or half of the free disk.
+        store: ``"memory"`` and ``"device"`` go with the process, in main memory and on the device of the model;
+            ``"disk"`` is an lmdb file that runs and ranks share.
+        max_bytes: Most bytes to keep; by default a quarter of the free memory, for ``"device"`` of what is free there
+            when training begins, or half of the free disk.
         dtype: ``"bfloat16"`` or ``"float16"`` halve the bytes, and the results are then no longer exact.
         folder: Folder of the disk store, by default ``~/.cache/hf_unfreeze``.
 
@@ -73,8 +76,8 @@ class FrozenPrefixCache:
         dtype: str | None = None,
         folder: str | Path | None = None,
     ) -> None:
-        if store not in ("memory", "disk"):
-            raise UnfreezeError(f"cache={store!r}: {ALLOWED}." + near_match(store, ["memory", "disk", "off"]))
+        if store not in STORES:
+            raise UnfreezeError(f"cache={store!r}: {ALLOWED}." + near_match(store, [*STORES, "off"]))
         if max_bytes is not None and (type(max_bytes) is not int or max_bytes <= 0):
             raise UnfreezeError(f"max_bytes={max_bytes!r}: write a number of bytes above 0, for instance 4 * 2**30.")
         if dtype is not None and dtype not in DTYPES:
@@ -84,15 +87,17 @@ class FrozenPrefixCache:
         self.dtype = None if dtype is None else DTYPES[dtype]
         self.stats = CacheStats()
         self.active: Caching  # once it follows a model
-        self.store: Store = (
-            MemoryStore(max_bytes or free_memory() // 4)
-            if store == "memory"
-            else DiskStore(folder or FOLDER, max_bytes)
-        )
+        self.store: Store
+        if store == "disk":
+            self.store = DiskStore(folder or FOLDER, max_bytes)
+        elif store == "device":
+            self.store = MemoryStore(max_bytes or 0, beside_model=True)  # 0: not known before the model is
+        else:
+            self.store = MemoryStore(max_bytes or free_memory(torch.device("cpu")) // 4)
 
     @classmethod
     def parse(cls, cache: str | FrozenPrefixCache | None) -> FrozenPrefixCache | None:
-        """Make the cache that ``"memory"``, ``"disk"`` or ``"disk:FOLDER"`` names; none for ``"off"``, as for None.
+        """Make the cache that ``"memory"``, ``"disk:FOLDER"`` and the like name; none for ``"off"``, as for None.
 
         Example:
             >>> FrozenPrefixCache.parse("disk:runs/cache").store.folder.parent.name
@@ -125,6 +130,7 @@ class FrozenPrefixCache:
             "unfreeze/cache_hits": stats.hits,
             "unfreeze/cache_misses": stats.misses,
             "unfreeze/cache_bytes": self.store.nbytes,
+            "unfreeze/cache_max_bytes": self.store.max_bytes,
             "unfreeze/cache_seconds_saved": round(stats.seconds_saved, 3),
         }
 
@@ -138,6 +144,8 @@ class FrozenPrefixCache:
             upcoming: Returns the present and the later phases: what they will need is kept in passing.
             prefix_dtype: What the frozen blocks compute in, where that is not the dtype of the model.
         """
+        if isinstance(self.store, MemoryStore) and not self.store.max_bytes:
+            self.store.max_bytes = free_memory(next(model.parameters()).device) // 4
         self.active = Caching(self.store, self.stats, self.dtype, model, upcoming, prefix_dtype)
         return self.active
 

@@ -74,8 +74,8 @@ class UnfreezeCallback(TrainerCallback):
         offload_state: Whether the optimizer's state of what is frozen lies in main memory.
         prefix_dtype: ``"bfloat16"`` or ``"float16"``: what the frozen blocks at the bottom compute in; not exact.
         reinitialize: Groups whose weights are drawn anew before the first step of every run: ``"block[-2:]"``.
-        cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: an example goes through the
-            frozen blocks once in the run and not once in an epoch.
+        cache: ``"memory"``, ``"device"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: an example
+            goes through the frozen blocks once in the run and not once in an epoch.
 
     An ``EarlyStoppingCallback`` on the same Trainer counts its patience anew in each phase.
 

@@ -68,8 +68,8 @@ class Unfreezer:
         offload_state: Whether the optimizer's state of frozen parameters lies in main memory.
         prefix_dtype: ``"bfloat16"`` or ``"float16"``: what the frozen blocks at the bottom compute in. Faster where
             the hardware is, and not exact. Not under ``torch.compile``.
-        cache: ``"memory"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: what frozen blocks compute for
-            an example is kept for the whole run.
+        cache: ``"memory"``, ``"device"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: what frozen
+            blocks compute for an example is kept for the whole run.
         probe: Batches on which schedules measure where gradients decide, such as ``auto``.
 
     Raises:

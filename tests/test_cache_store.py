@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import EXAMPLES, hashes, tiny_bert
+from conftest import DEVICE, EXAMPLES, hashes, tiny_bert
 from test_cache import DOWN, batch_of, both, by_hand, count_rows
 from transformers import HfArgumentParser
 
@@ -105,6 +105,35 @@ def test_a_cache_too_small_for_the_data_computes_again(make_trainer):
     assert hashes(plain.model) == hashes(cached.model)
     assert cache.stats.misses > EXAMPLES
     assert cache.store.nbytes <= cache.store.max_bytes
+
+
+def test_beside_the_model_it_takes_a_quarter_of_what_is_free_there(make_trainer, monkeypatch):
+    module = torch.get_device_module(torch.device(DEVICE))
+    monkeypatch.setattr(module, "mem_get_info", lambda device: (8 << 20, 16 << 20), raising=False)
+    plain, cached, cache = both(make_trainer, DOWN, cache=FrozenPrefixCache("device"))
+    assert hashes(plain.model) == hashes(cached.model)
+    assert cache.stats.misses == EXAMPLES
+    assert cache.record()["unfreeze/cache_max_bytes"] == cache.store.max_bytes == 2 << 20
+
+
+@pytest.mark.parametrize(("store", "expected"), [("device", ["meta", "meta"]), ("memory", None)])
+def test_beside_the_model_an_activation_stays_on_its_device(store, expected):
+    """On the meta device, from which nothing can be copied."""
+    model, cache = tiny_bert(), FrozenPrefixCache(store)
+    unfreezer = Unfreezer(model, torch.optim.SGD(model.parameters(), lr=0.1), "head@0", cache=cache)
+    unfreezer.step(0)
+    batch = batch_of(0, 1)
+    model(**batch).loss.backward()
+    activations = cache.active._stacks[0].activations
+    keyed = activations.read({"input_ids": batch["input_ids"].flip(1)}, False)
+    captured = {4: torch.empty(2, 8, 16, device="meta")}
+    if expected is None:
+        with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+            activations.keep(keyed, range(2), captured)
+    else:
+        activations.keep(keyed, range(2), captured)
+        assert [row.device.type for row in activations._get(keyed, range(2), 4)] == expected
+    unfreezer.close()
 
 
 def test_half_precision_is_near_and_half_the_size(make_trainer):
@@ -227,7 +256,7 @@ def test_arguments(tmp_path, monkeypatch):
     assert UnfreezeCallback(cache=cache).cache is cache
     for wrong, message in (
         ({"cache": "memori"}, "Did you mean 'memory'"),
-        ({"cache": 3}, "a cache is 'memory', 'disk', 'disk:FOLDER'"),
+        ({"cache": 3}, "a cache is 'memory', 'device', 'disk', 'disk:FOLDER'"),
     ):
         with pytest.raises(UnfreezeError, match=message):
             UnfreezeCallback(**wrong)
@@ -282,6 +311,6 @@ def test_logs_and_timeline_say_what_the_cache_did(make_trainer):
     examples = len(trainer.train_dataset)
     counted = [(r["unfreeze/cache_hits"], r["unfreeze/cache_misses"]) for r in (logs[0], logs[6], logs[-1])]
     assert counted == [(0, 4), (0, examples), (2 * examples, examples)]
-    assert logs[-1]["unfreeze/cache_bytes"] == examples * 8 * 16 * 4
+    assert logs[-1]["unfreeze/cache_bytes"] == examples * 8 * 16 * 4 < logs[-1]["unfreeze/cache_max_bytes"]
     assert 0 == logs[0]["unfreeze/cache_seconds_saved"] < logs[-1]["unfreeze/cache_seconds_saved"]
     assert timeline(trainer).axes[0].get_title("right").startswith("cache: 67% found, ")

@@ -51,6 +51,15 @@ def test_the_cache_changes_no_bit(make_trainer, precision):
     assert hashes(plain.model) == hashes(cached.model)
 
 
+def test_a_store_on_the_card_changes_no_bit(make_trainer, precision):
+    cache = FrozenPrefixCache("device")
+    plain, cached, cache = both(make_trainer, DOWN, cache=cache, num_train_epochs=4, **precision)
+    assert cache.active.off == "" and cache.stats.hits == 3 * cache.stats.misses
+    assert {row.device.type for row in cache.store._rows.values()} == {"cuda"}
+    assert losses(plain) == losses(cached)
+    assert hashes(plain.model) == hashes(cached.model)
+
+
 def test_each_precision_has_activations_of_its_own(make_trainer):
     cache = FrozenPrefixCache()
     for count, arguments in enumerate(({}, {"bf16": True}, {"fp16": True}), 1):
@@ -72,11 +81,12 @@ def synchronisations(model, size):
     return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
-def test_the_host_waits_once_for_a_batch_and_not_for_each_example():
+@pytest.mark.parametrize("store", ["memory", "device"])
+def test_the_host_waits_once_for_a_batch_and_not_for_each_example(store):
     model = tiny_bert().cuda()
     own = synchronisations(model, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    unfreezer = Unfreezer(model, optimizer, "head@0", cache="memory")
+    unfreezer = Unfreezer(model, optimizer, "head@0", cache=store)
     unfreezer.step(0)
     assert synchronisations(model, 4) == synchronisations(model, 32) <= own + 2
     unfreezer.close()
