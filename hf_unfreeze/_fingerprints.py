@@ -68,7 +68,7 @@ class Fingerprints:
                 if opened := [name for name, tensor in part if tensor.requires_grad]:
                     raise UnfreezeError(
                         f"{opened[0]} of the frozen blocks was made trainable by something else than the schedule, and "
-                        "the cache would pass it over. Leave requires_grad to the schedule, or write cache=None."
+                        "the cache would pass it over. Leave requires_grad alone, and open it in the schedule."
                     )
                 self._stamps[index], self._digests[index] = stamp, fingerprint(part)
                 self._prints.clear()

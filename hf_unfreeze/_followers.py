@@ -11,7 +11,7 @@ from ._checkpointing import Checkpointing
 from ._compiling import GraphLimit
 from ._options import HALVES, Options
 from ._precision import PrefixPrecision
-from .freezing import Follower, FrozenEval
+from .freezing import Follower, FrozenEval, HeldFlags
 from .optim import DropState, GroupRates, OffloadState
 from .regularization import Pull, RaisedDropout
 
@@ -37,6 +37,7 @@ def followers_of(
     parameters = members.values()
     table = (
         (True, lambda: rates),
+        (True, lambda: HeldFlags(root, optimizer, members)),
         (True, lambda: Checkpointing(root)),
         (True, GraphLimit),
         (options.frozen_eval, lambda: FrozenEval(root, parameters)),

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import dropwhile, filterfalse
 from types import MethodType
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from ._adapters import adapter_groups
+from ._shadow import Shadow
+from .errors import UnfreezeError
 from .groups import LayerGroup, layer_groups
 from .schedule import parse_selectors
 
 __all__ = [
     "Follower",
     "FrozenEval",
+    "HeldFlags",
     "TrainableSummary",
     "apply_trainable",
     "flags_lent",
@@ -25,6 +30,8 @@ __all__ = [
     "set_trainable",
     "trainable_summary",
 ]
+
+_LENT = ContextVar("hf_unfreeze_flags_lent", default=False)
 
 
 def apply_trainable(groups: Iterable[tuple[LayerGroup, Sequence[nn.Parameter]]], trainable: Iterable[str]) -> None:
@@ -45,11 +52,13 @@ def apply_trainable(groups: Iterable[tuple[LayerGroup, Sequence[nn.Parameter]]],
 def flags_lent(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let parameters require grad for a while, to measure theirs; the flags are as before afterwards."""
     flags = [parameter.requires_grad for parameter in parameters]
+    before = _LENT.set(True)
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
         yield
     finally:
+        _LENT.reset(before)
         for parameter, flag in zip(parameters, flags, strict=True):
             parameter.requires_grad_(flag)
 
@@ -129,6 +138,53 @@ class Follower(Protocol):
 
     def close(self) -> None:
         """Leave everything as it was found."""
+
+
+class HeldFlags:
+    """Sees to it that nothing but the schedule opens a parameter.
+
+    PEFT opens every adapter when ``disable_adapter()`` ends, and in ``set_adapter()``: before each forward the flags
+    are put back. Anything else that opens what is frozen is an error at the optimizer step in which it would move.
+
+    Args:
+        model: The model without wrappers.
+        optimizer: The torch optimizer without wrappers.
+        members: Name → parameter, of all groups.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, members: Mapping[str, nn.Parameter]) -> None:
+        self._members = members
+        self._open: list[nn.Parameter] = []
+        self._frozen: dict[str, nn.Parameter] = {}
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self._shadow = Shadow(model, self._forward) if getattr(model, "peft_config", None) else None
+
+    def update(self) -> None:
+        """Take the flags for those of the schedule."""
+        self._open = [parameter for parameter in self._members.values() if parameter.requires_grad]
+        self._frozen = {name: parameter for name, parameter in self._members.items() if not parameter.requires_grad}
+
+    def close(self) -> None:
+        """Look no more."""
+        self._hook.remove()
+        if self._shadow is not None:
+            self._shadow.close()
+
+    def _forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not _LENT.get():
+            for parameters, flag in ((self._open, True), (self._frozen.values(), False)):
+                for parameter in parameters:
+                    if parameter.requires_grad is not flag:
+                        parameter.requires_grad_(flag)
+        return original(*args, **kwargs)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        moving = [name for name, parameter in self._frozen.items() if parameter.grad is not None]
+        if moving:
+            raise UnfreezeError(
+                f"{moving[0]} is frozen in this phase and has a gradient: something else than the schedule opened it. "
+                "Leave requires_grad alone, and open it in the schedule."
+            )
 
 
 class FrozenEval:

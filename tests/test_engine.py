@@ -59,6 +59,23 @@ def test_exactly_the_open_weights_move(make_trainer):
         assert {name for name in before if before[name] != after[name]} == trains, f"step {step}"
 
 
+class Opens(TrainerCallback):
+    """Opens a block behind the back of the schedule."""
+
+    def on_step_begin(self, args, state, control, model, **kwargs):
+        model.bert.encoder.layer[1].requires_grad_(state.global_step == 4)
+
+
+def test_what_somebody_else_opens_is_an_error_before_it_moves(make_trainer):
+    trainer = make_trainer(UnfreezeCallback(SCHEDULE), Opens())
+    before = hashes(trainer.model)
+    with pytest.raises(UnfreezeError, match=r"layer.1.* is frozen in this phase and has a gradient"):
+        trainer.train()
+    assert trainer.state.global_step == 4
+    moved = {name for name, value in hashes(trainer.model).items() if value != before[name]}
+    assert not [name for name in moved if "layer.1." in name]
+
+
 @pytest.mark.parametrize("arguments", [{}, {"gradient_accumulation_steps": 3}, {"max_grad_norm": 0}])
 def test_all_at_once_is_bit_identical_to_no_callback(make_trainer, arguments):
     with_callback = make_trainer(UnfreezeCallback("all_at_once"), **arguments)

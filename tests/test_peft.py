@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import hashes, tiny_bert, tiny_data
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from test_cache import batch_of
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -50,6 +51,48 @@ def test_all_at_once_is_bit_identical_to_no_callback(make_trainer, method):
     make_trainer(UnfreezeCallback("all_at_once"), model=models[0], num_train_epochs=1).train()
     make_trainer(model=models[1], num_train_epochs=1).train()
     assert hashes(models[0]) == hashes(models[1])
+
+
+def disabled_before(model, loss):
+    with torch.no_grad(), model.disable_adapter():
+        model(**batch_of(0, 1))
+    return loss()
+
+
+def disabled_after(model, loss):
+    own = loss()
+    with torch.no_grad(), model.disable_adapter():
+        model(**batch_of(0, 1))
+    return own
+
+
+def changed_twice(model, loss):
+    model.set_adapter("other")
+    model.set_adapter("default")
+    return loss()
+
+
+@pytest.mark.filterwarnings("ignore:.*it costs .* more than:UserWarning")
+@pytest.mark.parametrize("way", [disabled_before, disabled_after, changed_twice])
+@pytest.mark.parametrize(
+    ("schedule", "cache"),
+    [("head@0, block[-1]@3step", None), ("head@0, block[-1]@3step", "memory"), ("auto(fisher, every=3step)", None)],
+)
+def test_flags_stay_where_peft_opens_every_adapter(make_trainer, way, schedule, cache):
+    """What preference training does for its reference: the model without its adapters, or with others."""
+
+    def trained(way, cache):
+        quiet = tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        model = get_peft_model(quiet, LoraConfig(**LORA | {"lora_dropout": 0.0}))
+        model.add_adapter("other", LoraConfig(**LORA))
+        trainer = make_trainer(UnfreezeCallback(schedule, cache=cache), model=model, max_steps=6)
+        own = trainer.compute_loss
+        if way is not None:
+            trainer.compute_loss = lambda model, *args, **kwargs: way(model, lambda: own(model, *args, **kwargs))
+        trainer.train()
+        return hashes(model)
+
+    assert trained(way, cache) == trained(None, None)
 
 
 def test_prompts_open_with_the_embeddings(make_trainer):
