@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
@@ -152,7 +153,9 @@ def _holds_generator(thing: Any, depth: int = 4) -> bool:
     kinds = (torch.Generator, random.Random, *((numpy.random.Generator, numpy.random.RandomState) if numpy else ()))
     if isinstance(thing, kinds) or not depth:
         return isinstance(thing, kinds)
-    inside = [*thing] if isinstance(thing, tuple) else [*getattr(thing, "__dict__", {}).values()]
+    inside = [*getattr(thing, "__dict__", {}).values()]
+    if isinstance(thing, (tuple, list, set, dict)):  # the first of many rows of data are looked at
+        inside += itertools.islice(thing.values() if isinstance(thing, dict) else thing, WINDOW)
     inside += [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
     inside += [getattr(thing, "__self__", None), *getattr(thing, "args", ())] if callable(thing) else []
     return any(_holds_generator(part, depth - 1) for part in inside if not isinstance(part, torch.nn.Module))

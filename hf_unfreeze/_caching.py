@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +15,20 @@ from torch import nn
 
 from ._activations import UPSET, Activations, Forward, Stats
 from ._ahead import Ahead, fill
-from ._exact import buffers_kept, detached, has_loss, same_outputs, unfit
-from ._keys import PAST, Batch, Unkeyed
-from ._prefix import Reached, Run, find_prefixes
+from ._exact import Buffers, detached, has_loss, same_outputs, unfit
+from ._keys import ASKS_FOR_MORE, PAST, Batch, Unkeyed, is_cache, pasts_of
+from ._prefix import Reached, Run
+from ._prefixes import find_prefixes
 from ._shadow import Shadow, random_state, set_random_state
-from ._stacks import SPLIT, Stack, Trust, Watched, is_padded, problem_of, replay_of, ways
+from ._stacks import SPLIT, Called, Stack, Trust, Watched, is_padded, problem_of, replay_of, ways
 from ._store import Store
+from .errors import UnfreezeError
 from .schedule import Phase
 
 __all__ = ["Caching"]
 
 PATIENCE = 3  # forwards that do not come by a stack before its check is given up
+WAYS = 32  # of calling a model that are checked at a boundary
 
 
 class Caching:
@@ -46,9 +51,12 @@ class Caching:
         if not self._stacks:
             self._say(reason or "the model has no stack of blocks, each one module, with embeddings below")
         self._stats = stats
-        self._outer: str | None = None  # name of the outermost module of the present forward; the root has none
+        self.only_loss_counts = False  # whether nothing else reads what a model returns beside its own loss
+        self._inside = False  # of an outermost module
+        self._called: Called | None = None  # how the present forward was called; None: it runs in full
         self._watched: Watched | None = None
         self._replay: dict[Stack, Iterator[torch.Tensor]] = {}
+        self._partial: weakref.WeakSet[Any] = weakref.WeakSet()  # keys and values without those of the frozen blocks
         self._fresh = False
         self._training: bool | None = None  # mode of the last forward
         self._trainable: set[int] = set()
@@ -57,7 +65,7 @@ class Caching:
         for index, stack in enumerate(self._stacks):
             self._shadows += stack.prefix.shadows(functools.partial(self._at_host, f"host{index}", stack))
         if self._stacks and all(stack.prefix.host is not model for stack in self._stacks):
-            self._shadows.append(Shadow(model, functools.partial(self._outermost, "")))
+            self._shadows.append(Shadow(model, functools.partial(self._outermost, "", model)))
 
     def update(self) -> None:
         """Move the boundaries to where the flags are now."""
@@ -89,96 +97,136 @@ class Caching:
         self._stacks.clear()
 
     def _at_host(self, name: str, stack: Stack, original: Forward, args: tuple[Any, ...], kwargs: Any) -> Any:
-        return self._outermost(name, functools.partial(self._through, stack, original), args, kwargs)
+        host = stack.prefix.host
+        through = functools.partial(self._through, stack, original)
+        return self._outermost("" if host is self._model else name, host, through, args, kwargs)
 
-    def _outermost(self, name: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _outermost(
+        self, name: str, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Run the outermost module of a forward, after a check where one is due."""
-        if self._outer is not None or not any(stack.boundary for stack in self._stacks):
+        if self._inside or not any(stack.boundary for stack in self._stacks):
             return forward(*args, **kwargs)
-        self._outer = name
-        if self._training is not self._model.training:
-            self._training = self._model.training
-            for stack in self._stacks:
-                stack.activations.fingerprints.look_again()
+        self._inside = True
         call = functools.partial(forward, *args, **kwargs)
         try:
-            if self._due(name, kwargs):
-                self._check(name, call)
-            elif self._fresh and self._model.training:
+            self._look_around()
+            if self._in_full(module, kwargs):
+                return call()
+            self._called = called = Called.of(name, self._model.training, args, kwargs)
+            if self._due(called, kwargs):
+                return self._check(called, call)
+            if self._fresh and self._model.training:
                 return self._first(call)
-            elif self.ahead is not None and self._model.training and not args:
-                self._fill(name, forward, kwargs)
+            if self.ahead is not None and self._model.training and not args:
+                self._fill(called, forward, kwargs)
             return call()
         finally:
-            self._outer, self._watched, self._replay = None, None, {}
+            self._inside, self._called, self._watched, self._replay = False, None, None, {}
 
-    def _due(self, name: str, kwargs: dict[str, Any]) -> bool:
+    def _look_around(self) -> None:
+        """See what may have changed since the last forward without a trace."""
+        changed = self._training is not self._model.training
+        self._training = self._model.training
         for stack in self._stacks:
-            trust = stack.trust.setdefault(name, Trust())
-            if not stack.boundary or trust.missed >= PATIENCE:
-                continue
-            if trust.up_to(self._model.training) < stack.boundary:
+            if changed or stack.activations.fingerprints.outdated():
+                stack.activations.fingerprints.look_again()
+            if stack.boundary and (hooked := stack.prefix.hooked(stack.boundary)):
+                self._switch_off(stack, f"a forward hook on a frozen {hooked} would see what is passed over")
+
+    def _in_full(self, module: nn.Module, kwargs: dict[str, Any]) -> bool:
+        """Whether a forward asks for what passing over frozen blocks would not compute."""
+        config = getattr(module, "config", None)
+        for flag in ASKS_FOR_MORE:
+            asked = kwargs.get(flag)
+            if asked or (asked is None and getattr(config, flag, False)):
+                self._say(f"{flag}=True asks for what the frozen blocks compute inside; such a forward runs in full")
                 return True
-            if trust.ragged is None and not name and is_padded(kwargs):
+        past = [kwargs[name] for name in PAST if kwargs.get(name) is not None]
+        if any(each in self._partial for each in past if is_cache(each)):
+            raise UnfreezeError(
+                "past_key_values lack those of the frozen blocks, which the cache passed over. Write use_cache=True in "
+                "the call that returned them, which then runs in full, or cache=None."
+            )
+        return bool(past or kwargs.get("use_cache")) or kwargs.get("adapter_names") is not None
+
+    def _due(self, called: Called, kwargs: dict[str, Any]) -> bool:
+        for stack in self._stacks:
+            if not stack.boundary or (called not in stack.trust and len(stack.trust) >= WAYS):
+                continue
+            trust = stack.trusted(called)
+            if trust.missed >= PATIENCE:
+                continue
+            if trust.boundary < stack.boundary:
+                return True
+            if trust.ragged is None and not called.name and is_padded(kwargs):
                 return True
         return False
 
-    def _check(self, name: str, call: Forward) -> None:
-        """Run with and without; the forward that follows finds the activations of this batch at hand."""
+    def _check(self, called: Called, call: Forward) -> Any:
+        """Run with and without, then for good: that forward finds the activations of this batch at hand."""
         device = self._stacks[0].prefix.device
-        state = random_state(device)
-        with buffers_kept(self._model):
-            watched: Watched = {}
-            self._watched = watched
-            output = call()
-            generates = isinstance(output, Mapping) and any(output[name] is not None for name in PAST & {*output})
-            expected = detached(output)
-            del output
-            self._watched = None
-            self._drop_unfit(name, watched)
-            reason, ragged = "", False
-            for ragged in ways(watched):
-                set_random_state(state, device)
-                reason = self._difference(watched, ragged, expected, call)
-                if not reason:
-                    break
+        state, buffers = random_state(device), Buffers(self._model)
+        versions = [parameter._version for parameter in self._model.parameters()]
+        watched: Watched = {}
+        self._watched = watched
+        output = call()
+        self._watched = None
+        written = versions != [parameter._version for parameter in self._model.parameters()]
+        self._drop_unfit(called, watched, "the model writes into its parameters as it runs" if written else "")
+        self._fresh = self._fresh and not called.training
+        if not watched:
+            return output
+        expected = [detached(output), buffers.read()]
+        del output
+        reason, ragged = "", False
+        tries = (True,) if any(stack.prefix.stem_runs for stack in watched) else (False, True)
+        for stem_runs, ragged in itertools.product(tries, ways(watched)):
+            for stack in watched:
+                stack.prefix.stem_runs = stem_runs
+            set_random_state(state, device)
+            buffers.restore()
+            reason = self._difference(watched, ragged, expected, call, buffers)
+            if not reason:
+                break
         set_random_state(state, device)
+        buffers.restore()
         for stack, calls in watched.items():
-            stack.trust[name].generates = generates
             if reason:
                 self._switch_off(stack, reason)
             else:
-                self._accept(stack, stack.trust[name], calls, ragged)
-        self._replay = {} if reason else replay_of(watched, ragged)
-        self._fresh = self._fresh and not self._model.training
+                self._accept(stack, stack.trusted(called), calls, ragged)
+        if not reason and not (any(stack.trusted(called).generates for stack in watched) and not called.training):
+            self._replay = replay_of(watched, ragged)
+        return call()
 
-    def _drop_unfit(self, name: str, watched: Watched) -> None:
+    def _drop_unfit(self, called: Called, watched: Watched, reason: str) -> None:
         for stack in self._stacks:
             if stack.boundary and stack not in watched:
-                stack.trust[name].missed += 1
+                stack.trusted(called).missed += 1
         for stack, calls in list(watched.items()):
-            reason = next(filter(None, (problem_of(stack, batch, run, self._model) for batch, run in calls)), "")
-            if reason:
-                self._switch_off(stack, reason)
+            found = (problem_of(stack, batch, run, self._model) for batch, run in calls)
+            if problem := reason or next(filter(None, found), ""):
+                self._switch_off(stack, problem)
                 del watched[stack]
 
-    def _difference(self, watched: Watched, ragged: bool, expected: Any, call: Forward) -> str:
+    def _difference(self, watched: Watched, ragged: bool, expected: Any, call: Forward, buffers: Buffers) -> str:
         """Return why the output is another one when the frozen blocks are passed over, or an empty string."""
         self._replay = replay_of(watched, ragged)
         try:
-            actual = call()
+            actual = [call(), buffers.read()]
         except UPSET as error:
             return f"the model fails without what the frozen blocks compute ({type(error).__name__}: {error})"
         finally:
             self._replay = {}
         batch = next(iter(watched.values()))[0][0]
-        if same_outputs(expected, actual, batch if has_loss(expected) else None):
+        excused = batch if self.only_loss_counts and has_loss(expected[0]) else None
+        if same_outputs(expected[0], actual[0], excused) and same_outputs(expected[1], actual[1], None):
             return ""
         return "something besides the blocks above them reads what the frozen blocks compute"
 
     def _accept(self, stack: Stack, trust: Trust, calls: list[tuple[Batch, Run]], ragged: bool) -> None:
-        training = self._model.training
-        trust.boundary[training] = max(stack.boundary, trust.boundary[training])
+        trust.boundary = max(stack.boundary, trust.boundary)
         for batch, run in calls:
             if batch.padded:
                 trust.ragged = ragged
@@ -201,10 +249,10 @@ class Caching:
         set_random_state(state, device)
         return call()
 
-    def _fill(self, name: str, forward: Forward, kwargs: dict[str, Any]) -> None:
+    def _fill(self, called: Called, forward: Forward, kwargs: dict[str, Any]) -> None:
         """Compute the examples to come, once padding has been seen and found to make no difference."""
         active = [stack for stack in self._stacks if stack.boundary]
-        ragged = [stack.trust[name].ragged for stack in active]
+        ragged = [stack.trusted(called).ragged for stack in active]
         if ragged == [None]:
             return
         ahead, self.ahead = self.ahead, None
@@ -213,16 +261,18 @@ class Caching:
 
     def _through(self, stack: Stack, original: Forward, *args: Any, **kwargs: Any) -> Any:
         """Run a host from the stored activations, or as it is."""
-        if not stack.boundary or self._outer is None:
+        if not stack.boundary or self._called is None:
             return original(*args, **kwargs)
         activations, boundary = stack.activations, stack.boundary
         if stack in self._replay:
-            return activations.run(Run(boundary, next(self._replay[stack])), original, *args, **kwargs)
-        trust = stack.trust.setdefault(self._outer, Trust())
-        trusted = min(trust.up_to(self._model.training), boundary)
-        unknown = self._watched is not None and trust.ragged is None and not self._outer
+            output = activations.run(Run(boundary, next(self._replay[stack])), original, *args, **kwargs)
+            self._partial.update(filter(is_cache, pasts_of(output)))
+            return output
+        trust = stack.trust.get(self._called, Trust())
+        trusted = min(trust.boundary, boundary)
+        unknown = self._watched is not None and trust.ragged is None and not self._called.name
         began, computing = time.perf_counter(), self._stats.seconds
-        batch = self._read(stack, args, kwargs, bool(trust.ragged) or unknown)
+        batch = self._read(stack, args, kwargs, bool(trust.ragged) or unknown, trust.generates)
         if stack.fill is not None:
             if batch is not None:
                 stack.fill(batch, original)
@@ -240,22 +290,22 @@ class Caching:
             if run.activation is not None and start == boundary:
                 run.captured[start] = run.activation
         output = activations.run(run, original, *args, **kwargs)
+        if start:
+            self._partial.update(filter(is_cache, pasts_of(output)))
         if self._watched is not None:
+            trust.generates = any(past is not None for past in pasts_of(output))
             activations.check_alone(boundary, batch, run, original)
         stack.problem = run.problem
         return output
 
-    def _read(self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any], ragged: bool) -> Batch | None:
+    def _read(
+        self, stack: Stack, args: tuple[Any, ...], kwargs: dict[str, Any], ragged: bool, generates: bool
+    ) -> Batch | None:
         """Return the batch with its keys, or None for a forward that has to run as it is."""
         names = stack.prefix.positional
-        config = getattr(stack.prefix.host, "config", None)
-        generates = stack.trust[self._outer or ""].generates or kwargs.get("use_cache")
-        if len(args) > len(names) or (generates and not self._model.training):
+        if len(args) > len(names) or (not self._model.training and (generates or kwargs.get("use_cache"))):
             return None
         inputs = dict(zip(names, args, strict=False)) | kwargs
-        for flag in ("output_hidden_states", "output_attentions"):
-            if inputs.get(flag) is None and getattr(config, flag, False):
-                inputs[flag] = True
         try:
             return stack.activations.read(inputs, ragged)
         except Unkeyed as reason:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 from ._keys import Batch
 
-__all__ = ["buffers_kept", "detached", "gradient_source", "has_loss", "same_outputs", "scales_by_length", "unfit"]
+__all__ = ["Buffers", "detached", "gradient_source", "has_loss", "same_outputs", "scales_by_length", "unfit"]
 
 AUGMENTS = ("mask_time_prob", "mask_feature_prob")
 
@@ -30,25 +29,34 @@ def unfit(model: nn.Module) -> str:
         return "SpecAugment changes the inputs at random. Set config.apply_spec_augment = False"
     if scales_by_length(model, "dynamic"):
         return "dynamic rotary positions depend on the longest text so far"
+    if any(getattr(module, "attention_type", "") == "block_sparse" for module in model.modules()):
+        return "block-sparse attention (BigBird) becomes full attention for good where a text is short"
     return ""
 
 
 def scales_by_length(model: nn.Module, kind: str) -> bool:
-    """Whether the config of a model asks for this kind of rotary positions, which go by the length of the batch."""
-    config = getattr(model, "config", None)
-    return any(kind in repr(getattr(config, name, None)) for name in ("rope_scaling", "rope_parameters"))
+    """Whether a config in a model asks for this kind of rotary positions, which go by the length of the batch."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    names = ("rope_scaling", "rope_parameters")
+    return any(kind in repr(getattr(config, name, None)) for config in configs.values() for name in names)
 
 
-@contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Run forwards that leave no trace in the buffers (running statistics, counters)."""
-    saved = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
+class Buffers:
+    """The buffers of a model as they are now (running statistics, counters, queues), to be put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners = [module._buffers for module in model.modules()]
+        self._kept = [(o, n, b, b.clone()) for o in self._owners for n, b in o.items() if b is not None]
+
+    def restore(self) -> None:
+        """Put back what they were, and the tensors that held it."""
         with torch.no_grad():
-            for buffer, value in saved:
-                buffer.copy_(value)
+            for owner, name, buffer, value in self._kept:
+                owner[name] = buffer.copy_(value)
+
+    def read(self) -> list[torch.Tensor]:
+        """Return copies of what they have become."""
+        return [b.detach().clone() for owner in self._owners for b in owner.values() if b is not None]
 
 
 def gradient_source(hidden: torch.Tensor, model: nn.Module) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ._keys import fingerprint
+from ._places import Place
 from ._prefix import Prefix
 from .errors import UnfreezeError
 
@@ -26,7 +28,7 @@ class Fingerprints:
 
     def __init__(self, prefix: Prefix, prefix_dtype: str | None) -> None:
         self._prefix, self._prefix_dtype = prefix, prefix_dtype
-        self._parts = prefix.parts()
+        self._parts, self._config = prefix.parts(), prefix.config()
         self._text = self._told()
         self._samples: list[Any] = [None] * len(self._parts)
         self._stamps: list[Any] = [None] * len(self._parts)
@@ -38,19 +40,23 @@ class Fingerprints:
     def forget_trained(self) -> None:
         """Read the weights again of what trains now, once it is frozen: fused optimizers do not count their changes."""
         for index, part in enumerate(self._parts):
-            if any(tensor.requires_grad for _, tensor in part):
+            if any(tensor.requires_grad for tensor in _tensors(part)):
                 self._stamps[index] = None
 
     def look_again(self) -> None:
         """Read anew what may have changed without a trace: values written through ``.data``, what the config says."""
-        self._parts, text = self._prefix.parts(), self._told()
-        samples = [[_sample(tensor) for _, tensor in part] for part in self._parts]
+        self._parts, self._config, text = self._prefix.parts(), self._prefix.config(), self._told()
+        samples = [[_sample(tensor) for tensor in _tensors(part)] for part in self._parts]
         for index, sample in enumerate(samples):
             if sample != self._samples[index]:
                 self._stamps[index] = None
         if text != self._text:
             self._prints.clear()
         self._samples, self._text = samples, text
+
+    def outdated(self) -> bool:
+        """Whether the config says something else than when it was looked at."""
+        return self._prefix.config() != self._config
 
     def _told(self) -> str:
         library = getattr(sys.modules.get("transformers"), "__version__", None)
@@ -63,14 +69,16 @@ class Fingerprints:
             UnfreezeError: Something else than the schedule has opened what is passed over.
         """
         for index, part in enumerate(self._parts[: boundary + 1]):
-            stamp = [(tensor._version, tensor.data_ptr(), tensor.requires_grad) for _, tensor in part]
+            stamp = [(tensor._version, tensor.data_ptr(), tensor.requires_grad) for tensor in _tensors(part)]
             if stamp != self._stamps[index]:
-                if opened := [name for name, tensor in part if tensor.requires_grad]:
+                named = [(place.name, place.owner.get(place.key)) for place in part]
+                if opened := [name for name, tensor in named if tensor is not None and tensor.requires_grad]:
                     raise UnfreezeError(
                         f"{opened[0]} of the frozen blocks was made trainable by something else than the schedule, and "
                         "the cache would pass it over. Leave requires_grad alone, and open it in the schedule."
                     )
-                self._stamps[index], self._digests[index] = stamp, fingerprint(part)
+                found = ((name, tensor) for name, tensor in named if tensor is not None)
+                self._stamps[index], self._digests[index] = stamp, fingerprint(found)
                 self._prints.clear()
         if (boundary, salt) not in self._prints:
             text = f"{self._text}\n{salt}\n".encode() + b"".join(self._digests[: boundary + 1])
@@ -94,8 +102,16 @@ class Fingerprints:
 
     def _adapted(self) -> str:
         """What PEFT computes with: a reference model is the same one with its adapters switched off."""
-        states = [(m.disable_adapters, *m.active_adapters, *m.merged_adapters) for m in self._adapters]
+        states = [
+            (m.disable_adapters, *m.active_adapters, *m.merged_adapters, str(getattr(m, "scaling", "")))
+            for m in self._adapters
+        ]
         return f" {list(dict.fromkeys(states))}" if states else ""
+
+
+def _tensors(part: Sequence[Place]) -> list[torch.Tensor]:
+    """What lies there now."""
+    return [tensor for place in part if (tensor := place.owner.get(place.key)) is not None]
 
 
 def _sample(tensor: torch.Tensor) -> list[Any]:

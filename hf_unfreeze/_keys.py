@@ -10,13 +10,27 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["PAST", "Batch", "Unkeyed", "by_length", "can_be_cut", "fingerprint", "read_batch", "take"]
+__all__ = [
+    "ASKS_FOR_MORE",
+    "PAST",
+    "Batch",
+    "Unkeyed",
+    "by_length",
+    "can_be_cut",
+    "fingerprint",
+    "is_cache",
+    "pasts_of",
+    "read_batch",
+    "take",
+]
 
-# Arguments that do not change what the prefix computes. What asks for more outputs is told apart before.
+# Arguments that do not change what the prefix computes.
 IGNORED = frozenset({"labels", "num_items_in_batch", "return_dict", "return_loss", "use_cache"})
-ASKS_FOR_MORE = ("output_hidden_states", "output_attentions")
+ASKS_FOR_MORE = ("output_hidden_states", "output_attentions")  # of the outermost module: such a forward runs in full
 PAST = frozenset({"past_key_values", "cache"})  # keys and values of generation, up to transformers 5.23 and since
-ALONG_TOKENS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox"})
+ALONG_TOKENS = frozenset(
+    ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "bbox", "hidden_states")
+)
 CHUNK = 1 << 20  # words of a weight hashed at a time
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FACTOR, SECOND = -7046029254386353131, -4417276706812531889  # odd, from splitmix64
@@ -61,12 +75,15 @@ def read_batch(inputs: dict[str, Any], ragged: bool) -> Batch:
         ragged: Whether an example padded on the right has the same key in batches of every length.
 
     Raises:
-        Unkeyed: An argument is of a kind that has no content to hash, or asks for more than the last output.
+        Unkeyed: An argument is of a kind that has no content to hash.
     """
     tensors, plain = _sorted_out(inputs)
-    main = next((tensor for tensor in tensors.values() if tensor.dim() > 1), None)
+    # the first with most rows: a mask may be one for all examples
+    main = max((tensor for tensor in tensors.values() if tensor.dim() > 1), key=len, default=None)
     if main is None:
         raise Unkeyed("no input is a batch of examples")
+    if not len(main):
+        raise Unkeyed("")
     size, device = main.shape[0], main.device
     mask = tensors.get("attention_mask")
     tokens = mask.shape[1] if mask is not None and mask.dim() == 2 and mask.shape[0] == size else 0
@@ -177,17 +194,27 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> bytes:
     return digest.digest()
 
 
+def pasts_of(output: Any) -> list[Any]:
+    """Return the keys and values among what a module returns."""
+    return [output[name] for name in PAST & {*output}] if isinstance(output, Mapping) else []
+
+
+def is_cache(past: Any) -> bool:
+    """Whether something is a cache of keys and values of transformers, which goes from call to call by itself."""
+    return hasattr(past, "get_seq_length")
+
+
 def _sorted_out(inputs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], list[str]]:
     tensors: dict[str, torch.Tensor] = {}
     plain = []
     for name, value in sorted(inputs.items()):
-        if name in ASKS_FOR_MORE and value:
-            raise Unkeyed(f"{name}=True asks for what the frozen blocks compute inside")
         if value is None or name in IGNORED or (isinstance(value, (list, tuple)) and not any(map(_given, value))):
             continue
         if isinstance(value, torch.Tensor):
             if value.requires_grad:
                 raise Unkeyed(f"a gradient flows into {name} (prompt tuning?), and so through the frozen blocks")
+            if value.layout is not torch.strided or value.is_nested:
+                raise Unkeyed(f"the argument {name} is a sparse or nested tensor")
             tensors[name] = value
         elif isinstance(value, (bool, int, float, str)):
             plain.append(f"{name}={value!r}")

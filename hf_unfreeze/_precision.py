@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._prefix import find_prefixes
+from ._prefixes import find_prefixes
 from ._shadow import Shadow
 from .errors import UnfreezeError
 

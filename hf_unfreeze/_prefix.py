@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._places import Place, places_of
 from ._shadow import Call, Shadow, drew, only_drew, random_state
-from .groups import LayerGroup, layer_groups
+from .groups import LayerGroup
 
-__all__ = ["Prefix", "Reached", "Run", "find_prefixes"]
+__all__ = ["Prefix", "Reached", "Run"]
 
 LIBRARIES = ("torch.", "transformers.", "accelerate.", "peft.")  # whose hooks read nothing of a frozen block
 
@@ -77,10 +78,13 @@ class Prefix:
             if name in embeddings and name.startswith(inside) and not name.startswith(tuple(f"{p}." for p in paths))
         ]
         owned = {id(parameter) for _, parameter in self.stem_parameters}
+        self._loose = [Place.of(model, name) for name, _ in self.stem_parameters]
+        self._modules: dict[int, list[nn.Module]] = {}
         self.stem = list(_largest(self.host, owned, {id(block) for block in self.blocks}))
         names = list(inspect.signature(self.host.forward).parameters.values())
         self.positional = [p.name for p in names if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         self.run: Run | None = None
+        self.stem_runs = False  # since something else reads what it computes: position biases of every block (MPNet)
         self.whole = False  # blocks hand on more than the activation (T5: position biases): all are passed over or none
         self._shapes: dict[tuple[Any, ...], tuple[Any, torch.dtype, torch.device]] = {}
         self._wraps: dict[int, tuple[int, int] | None] = {}
@@ -105,12 +109,22 @@ class Prefix:
             return 0
         return min((index for index, name in enumerate(self.group_names) if name in opened), default=len(self.blocks))
 
-    def parts(self) -> list[list[tuple[str, torch.Tensor]]]:
-        """Every tensor that decides what the stem computes, then the same for each block."""
-        stem: list[tuple[str, torch.Tensor]] = [*self.stem_parameters]
-        for index, module in enumerate(self.stem):
-            stem += [(f"stem.{index}.{name}", buffer) for name, buffer in module.named_buffers()]
-        return [stem, *([*block.named_parameters(), *block.named_buffers()] for block in self.blocks)]
+    def parts(self) -> list[list[Place]]:
+        """Where every tensor lies that decides what the stem computes, then the same for each block.
+
+        The host's own buffers, and those of its modules that hold nothing else (rotary positions), go with the stem.
+        """
+        blocks = [places_of(block) for block in self.blocks]
+        taken = {(id(place.owner), place.key) for block in blocks for place in block}
+        own = (m for m in self.host.modules() if m is self.host or next(m.parameters(), None) is None)
+        tables = [place for module in own for place in places_of(module, buffers_only=True)]
+        inside = [place for module in self.stem for place in places_of(module)]
+        stem = {(id(place.owner), place.key): place for place in (*self._loose, *inside, *tables)}
+        return [[place for key, place in stem.items() if key not in taken], *blocks]
+
+    def config(self) -> dict[str, Any]:
+        """Return what the config of the host says now."""
+        return {**getattr(getattr(self.host, "config", None), "__dict__", {})}
 
     def text(self) -> str:
         """Describe the code of the prefix: classes, sizes, epsilons."""
@@ -120,21 +134,26 @@ class Prefix:
         if config is not None and hasattr(config, "to_dict"):
             values = config.to_dict() | {"attention": getattr(config, "_attn_implementation", None)}
             skipped = ("_name_or_path", "id2label", "label2id", "problem_type", "use_cache", "transformers_version")
-            parts += [f"{k}={v!r}" for k, v in sorted(values.items(), key=str) if k not in skipped and "drop" not in k]
+            values = {k: v for k, v in values.items() if k not in skipped and not ("drop" in k and _is_rate(v))}
+            parts += [f"{k}={v!r}" for k, v in sorted(values.items(), key=str)]
         return "\n".join(parts)
 
     def batch_norm(self, boundary: int) -> bool:
         """Whether a batch norm below the boundary uses the statistics of the batch."""
-        modules = (m for part in (*self.stem, *self.blocks[:boundary]) for m in part.modules())
-        return any(isinstance(module, _BatchNorm) and module.training for module in modules)
+        return any(isinstance(module, _BatchNorm) and module.training for module in self._below(boundary))
 
     def hooked(self, boundary: int) -> str:
-        """Name the stem's module or the block below the boundary on which a hook of the user's own stands."""
-        for module in (*self.stem, *self.blocks[:boundary]):
+        """Name the module of the stem or of a block below the boundary on which a hook of the user's own stands."""
+        for module in self._below(boundary):
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
                 if not str(getattr(hook, "func", hook).__module__).startswith(LIBRARIES):
                     return type(module).__name__
         return ""
+
+    def _below(self, boundary: int) -> list[nn.Module]:
+        if boundary not in self._modules:
+            self._modules[boundary] = [m for part in (*self.stem, *self.blocks[:boundary]) for m in part.modules()]
+        return self._modules[boundary]
 
     def shadows(self, host: Call | None) -> list[Shadow]:
         """Put the shadows in place."""
@@ -149,7 +168,7 @@ class Prefix:
                 return original(*args, **kwargs)
             values = [*args, *kwargs.values()]
             known = (index, *(tuple(v.shape) if isinstance(v, torch.Tensor) else repr(v) for v in values))
-            if run.start and known in self._shapes:
+            if run.start and known in self._shapes and not self.stem_runs:
                 shape, dtype, device = self._shapes[known]
                 return torch.full(shape, torch.nan, dtype=dtype, device=device)
             output = original(*args, **kwargs)
@@ -218,6 +237,11 @@ class Prefix:
         return tuple(hidden if i == place else None for i in range(count))
 
 
+def _is_rate(value: Any) -> bool:
+    """Whether a setting is a number: what is dropped how often makes no difference in eval mode."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @functools.cache
 def _source(kind: type) -> str:
     """The code of a class of the user's own; that of a library is told by its version."""
@@ -227,60 +251,6 @@ def _source(kind: type) -> str:
         return inspect.getsource(kind)
     except (OSError, TypeError):  # made in an interactive session, or by a compiler
         return kind.__qualname__
-
-
-def find_prefixes(model: nn.Module) -> list[Prefix]:
-    """Return the stacks that stand on the data alone; a decoder, or text above a vision tower, is not one of them."""
-    groups = layer_groups(model)
-    every = list(model.named_parameters(remove_duplicate=False))
-    lowest_ids = {id(parameter) for name, parameter in every if name in set(groups[0].parameter_names)}
-    embeddings = {name for name, parameter in every if id(parameter) in lowest_ids}  # by all names of a tied one
-    stacks: dict[str, list[LayerGroup]] = {}
-    for group in groups:
-        if "block[" in group.name and group.parameter_names:
-            stacks.setdefault(group.stack, []).append(group)
-    tops = {stack: max(group.level or 0 for group in members) for stack, members in stacks.items()}
-    found = []
-    for stack, members in stacks.items():
-        lowest = min(group.level or 0 for group in members)
-        paths = _block_paths(members)
-        if not paths or any(top < lowest for other, top in tops.items() if other != stack):
-            continue
-        host = _host(paths[0], embeddings, paths)
-        if host is not None:
-            found.append(Prefix(stack, model, host, members, paths, embeddings))
-    return found
-
-
-def _block_paths(members: Sequence[LayerGroup]) -> list[str]:
-    """The module of each block: as much of the path as its parameters share, cut where the blocks differ."""
-    shared = []
-    for group in members:
-        parts = [name.split(".")[:-1] for name in group.parameter_names]
-        shared.append(parts[0][: _differ(parts, min(map(len, parts)))])
-    ends = [max((i for i, part in enumerate(path) if part.isdigit()), default=-1) for path in shared]
-    if len(shared) > 1:
-        ends = [_differ(shared, -1)] * len(shared)
-    paths = [".".join(path[: end + 1]) for path, end in zip(shared, ends, strict=True)]
-    return paths if all(paths) and len(set(paths)) == len(paths) else []
-
-
-def _differ(paths: list[list[str]], otherwise: int) -> int:
-    """The first place where not all paths are the same."""
-    return next((i for i, level in enumerate(zip(*paths, strict=False)) if len(set(level)) > 1), otherwise)
-
-
-def _host(block: str, embeddings: set[str], paths: list[str]) -> str | None:
-    """The nearest module above the blocks that also holds a part of the embeddings."""
-    inside = tuple(f"{path}." for path in paths)
-    outside = [name for name in embeddings if not name.startswith(inside)]
-    parent = block.rpartition(".")[0]
-    while True:
-        if any(name.startswith(f"{parent}." if parent else "") for name in outside):
-            return parent
-        if not parent:
-            return None
-        parent = parent.rpartition(".")[0]
 
 
 def _largest(module: nn.Module, owned: set[int], blocks: set[int]) -> Iterator[nn.Module]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._functorch import peek_interpreter_stack  # of torch.func: tensors without values
 
 __all__ = ["Call", "Shadow", "drew", "only_drew", "random_state", "set_random_state"]
 
@@ -27,7 +28,11 @@ class Shadow:
         object.__setattr__(module, "forward", self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._get_tracing_state() is not None
+            or peek_interpreter_stack() is not None
+        ):
             return self.__wrapped__(*args, **kwargs)
         return self.call(self.__wrapped__, args, kwargs)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,22 +14,36 @@ from ._exact import gradient_source
 from ._keys import Batch
 from ._prefix import Prefix, Run
 
-__all__ = ["SPLIT", "Stack", "Trust", "Watched", "is_padded", "problem_of", "replay_of", "ways"]
+__all__ = ["SPLIT", "Called", "Stack", "Trust", "Watched", "is_padded", "problem_of", "replay_of", "ways"]
 
 SPLIT = "the blocks hand on more than one tensor, and not all of them are frozen"
 
 
+class Called(NamedTuple):
+    """A way to call the outermost module of a forward: what a check shows of one need not hold for another."""
+
+    name: str  # of the module; empty for the root
+    training: bool
+    graph: bool  # whether gradients are recorded
+    given: frozenset[str | int]  # names of the arguments, and the number of those without
+    flags: frozenset[tuple[str, bool | str]]
+
+    @classmethod
+    def of(cls, name: str, training: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Called:
+        """Return that of a call."""
+        given: list[str | int] = [len(args), *(name for name, value in kwargs.items() if value is not None)]
+        flags = frozenset((name, value) for name, value in kwargs.items() if isinstance(value, (bool, str)))
+        return cls(name, training, torch.is_grad_enabled(), frozenset(given), flags)
+
+
 @dataclass
 class Trust:
-    """Up to which boundary the check held under one outermost module, in train and in eval mode."""
+    """Up to which boundary the check held for one way of calling."""
 
-    boundary: dict[bool, int] = field(default_factory=lambda: {True: 0, False: 0})
+    boundary: int = 0
     ragged: bool | None = None  # whether padding may be left out of keys and rows; None: not seen yet
     missed: int = 0
-    generates: bool = False  # returns keys and values of every block, which in eval mode somebody may want
-
-    def up_to(self, training: bool) -> int:
-        return self.boundary[True] if training else max(self.boundary.values())
+    generates: bool = False  # the host returns keys and values of every block, which in eval mode somebody may want
 
 
 class Stack:
@@ -41,7 +55,11 @@ class Stack:
         self.off = False
         self.fill: Callable[[Batch, Forward], None] | None = None  # what takes a batch in place of the host
         self.problem = ""
-        self.trust: dict[str, Trust] = {}
+        self.trust: dict[Called, Trust] = {}
+
+    def trusted(self, called: Called) -> Trust:
+        """Return what is known of a way of calling."""
+        return self.trust.setdefault(called, Trust())
 
 
 Watched = dict[Stack, list[tuple[Batch, Run]]]
@@ -57,8 +75,6 @@ def problem_of(stack: Stack, batch: Batch, run: Run, model: nn.Module) -> str:
         return "the blocks are not called once each, in order"
     if stack.prefix.splits(stack.boundary):
         return SPLIT
-    if hooked := stack.prefix.hooked(stack.boundary):
-        return f"a forward hook on a frozen {hooked} would see what is passed over"
     if stack.prefix.batch_norm(stack.boundary):
         return "a batch norm in the frozen blocks uses the statistics of each batch"
     if hidden.dim() < 3 or hidden.shape[0] != batch.size:

@@ -34,6 +34,7 @@ __all__ = [
     "checkpoint_resumed",
     "complete_schedule",
     "extend_model_card",
+    "loss_is_the_models",
     "newest_checkpoint",
     "probe_of",
     "read_ahead",
@@ -143,6 +144,13 @@ def read_ahead(trainer: Trainer | None, state: TrainerState, dataloader: Any, pe
         return None
     at_a_time = fits if args.auto_find_batch_size else max(fits, args.eval_batch_size)
     return Ahead(dataloader, trainer._prepare_inputs, at_a_time, until, show_progress=not args.disable_tqdm)
+
+
+def loss_is_the_models(trainer: Trainer | None) -> bool:
+    """Whether in training nothing reads what the model returns but the loss among it."""
+    if trainer is None or trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+        return False
+    return getattr(trainer.compute_loss, "__func__", None) is Trainer.compute_loss
 
 
 def _frames() -> Iterator[tuple[Trainer, dict[str, Any]]]:

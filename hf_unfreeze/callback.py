@@ -19,6 +19,7 @@ from ._trainer import (
     checkpoint_resumed,
     complete_schedule,
     extend_model_card,
+    loss_is_the_models,
     newest_checkpoint,
     probe_of,
     read_ahead,
@@ -168,6 +169,7 @@ class UnfreezeCallback(TrainerCallback):
             self._draw_anew(model, args.seed)
         if self.cache is not None:
             loader = kwargs.get("train_dataloader")
+            self.cache.active.only_loss_counts = loss_is_the_models(trainer)
             self.cache.active.ahead = read_ahead(trainer, state, loader, self._steps_per_epoch)
         if trainer is not None:
             self._attach(trainer)

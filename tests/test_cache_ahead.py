@@ -9,7 +9,7 @@ import torch
 from conftest import EXAMPLES, tiny_bert, tiny_data
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cache import DOWN, SGD, assert_close_weights, both, pad, ragged_data
+from test_cache import DOWN, SGD, assert_close_weights, both, pad, ragged_data, tell_inputs
 from transformers import Trainer
 
 from hf_unfreeze import FrozenPrefixCache, UnfreezeCallback
@@ -46,9 +46,7 @@ def run(make_trainer, schedule=DOWN, data=None, cache="memory", kind=None, resum
     model, calls = tiny_bert().double(), {}
     for index, block in enumerate(model.bert.encoder.layer):
         seen = calls.setdefault(index, [])
-        block.intermediate.register_forward_hook(
-            lambda module, args, output, seen=seen: seen.append(tuple(args[0].shape[:2]))
-        )
+        tell_inputs(block.intermediate, lambda hidden, seen=seen: seen.append(tuple(hidden.shape[:2])))
     trainer = make_trainer(UnfreezeCallback(schedule, cache=cache), model=model, **(SGD | arguments))
     trainer.__class__ = kind or Trainer
     trainer.train_dataset, trainer.data_collator = data or Ragged(), pad

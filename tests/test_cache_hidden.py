@@ -48,7 +48,7 @@ class Stack(nn.Module):
     ("kind", "reason"),
     [
         ("", ""),
-        ("the embeddings before each block", "something besides the blocks above them"),
+        ("the embeddings before each block", ""),
         ("a skip", "something besides the blocks above them"),
         ("writes into its input", ""),
         ("sequence first", "depends on the others of its batch"),
