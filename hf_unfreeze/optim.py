@@ -95,7 +95,7 @@ class GroupRates:
             decay (biases and norms) stays without.
 
     Raises:
-        OptimizerError: Weight decay is asked for, and no param group has any; in a step, an optimizer that writes to its
+        OptimizerError: Weight decay is asked for, and no param group has any; in a step, the optimizer writes to its
             param groups what belongs to them as a whole.
     """
 
