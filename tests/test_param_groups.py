@@ -183,10 +183,11 @@ def test_a_step_that_failed_leaves_nothing_for_the_next():
     unfreezer = Unfreezer(model, optimizer, "all@0", layer_decay="0.5->1.0", total_steps=2)
     unfreezer.step(0)
     model(input_ids=torch.arange(8)[None], labels=torch.tensor([1])).loss.backward()
-    optimizer.param_groups[0]["weight_decay"] = "much"
+    group = optimizer.param_groups[0]
+    group["weight_decay"] = "much"
     with pytest.raises(TypeError):
         optimizer.step()
-    optimizer.param_groups[0].update(weight_decay=0.1, step=10)
+    group.update(weight_decay=0.1, step=10)
     unfreezer.step(1)
     optimizer.step()
-    assert len(optimizer.param_groups) == 1 and optimizer.param_groups[0]["step"] == 11
+    assert optimizer.param_groups == [group] and group["step"] == 11
