@@ -24,7 +24,8 @@ def is_quantised(tensor: torch.Tensor) -> bool:
         (True, False)
     """
     if hasattr(tensor, "__tensor_flatten__"):  # a torchao weight gives itself out for float32
-        return any(is_quantised(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        inner = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        return any(is_quantised(part) for part in inner if isinstance(part, torch.Tensor))  # FSDP2's hold a mesh too
     return not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._parts import GroupParts
 from .errors import EnvironmentRefused, OptimizerError, UnfreezeError
 from .groups import LayerGroup, layer_groups
 from .schedule import Selector
@@ -32,6 +33,7 @@ _REFUSED = {
     "FusedAdam": "counts the steps of a whole param group at once",
     "FusedLAMB": "counts the steps of a whole param group at once",
     "GrokAdamW": "clips each param group as one, and decays by the position of a parameter among those with a gradient",
+    "LBFGS": "keeps one direction for all parameters, and goes on moving those that are frozen",
     "DeepSpeed": "is DeepSpeed's, whose flat buffers do not follow requires_grad",
 }
 
@@ -81,8 +83,9 @@ def decay_multipliers(groups: Sequence[LayerGroup], layer_decay: float) -> dict[
 class GroupRates:
     """Gives each layer group its multiple of the learning rate for the length of ``optimizer.step()``.
 
-    A step pre-hook swaps in one param group per (param group, layer group), a post-hook puts the optimizer's own back;
-    schedulers, checkpoints and the layout of the state never see the difference.
+    A step pre-hook swaps in one param group per (param group, layer group), a post-hook puts the optimizer's own back
+    with what the step has written into the parts, as a count of steps; schedulers, checkpoints and the layout of the
+    state never see the difference.
 
     Args:
         optimizer: A torch optimizer whose state is kept per parameter.
@@ -92,7 +95,8 @@ class GroupRates:
             decay (biases and norms) stays without.
 
     Raises:
-        OptimizerError: Weight decay is asked for, and no param group has any.
+        OptimizerError: Weight decay is asked for, and no param group has any; in a step, the optimizer writes to its
+            param groups what belongs to them as a whole.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class GroupRates:
         self._multipliers = multipliers
         self._decay = weight_decay or {}
         self._own: list[dict[str, Any]] | None = None
+        self._parts: list[GroupParts] = []
         self._rates: list[Any] = []
         self._used: dict[str, float] = {}
         self._hooks = [
@@ -121,6 +126,7 @@ class GroupRates:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()  # a step that raised never reached its post-hook
+        self._parts = []
         self._used = self._multipliers()
         self._rates = [group.get("lr") for group in optimizer.param_groups]
         if not self._decay and all(multiplier == 1.0 for multiplier in self._used.values()):
@@ -130,10 +136,11 @@ class GroupRates:
                 "ZeroRedundancyOptimizer copies its param groups one by one to an optimizer inside, so there can be no "
                 "more of them in a step. Leave layer_decay and what else gives groups rates out, or shard with FSDP2."
             )
-        self._own = optimizer.param_groups
-        optimizer.param_groups = [part for group in self._own for part in self._split(group)]
+        self._parts = [GroupParts(group, self._split(group)) for group in optimizer.param_groups]
+        self._own = list(optimizer.param_groups)
+        optimizer.param_groups[:] = [part for parts in self._parts for part in parts.parts]  # Lookahead shares the list
 
-    def _split(self, group: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    def _split(self, group: dict[str, Any]) -> list[dict[str, Any]]:
         if group.get("lr") is None:
             raise OptimizerError(
                 "layer_decay, block_warmup and freeze_out need a learning rate, and this optimizer derives its own "
@@ -142,7 +149,7 @@ class GroupRates:
         parts: dict[str, list[nn.Parameter]] = {}  # by name, not by rate: bitsandbytes goes by positions that stay
         for parameter in group["params"]:
             parts.setdefault(self._group_of.get(id(parameter), ""), []).append(parameter)
-        return [{**group, "params": parts[name]} | self._settings(group, name) for name in parts]
+        return [{"params": parts[name], **self._settings(group, name)} for name in parts]
 
     def _settings(self, group: dict[str, Any], name: str) -> dict[str, float]:
         settings = {"lr": group["lr"] * self._used.get(name, 1.0)}
@@ -152,10 +159,13 @@ class GroupRates:
 
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._restore()
+        for parts in self._parts:
+            parts.write_back(type(optimizer).__name__)
+        self._parts = []
 
     def _restore(self) -> None:
         if self._own is not None:
-            self._optimizer.param_groups = self._own
+            self._optimizer.param_groups[:] = self._own
             self._own = None
 
     def update(self) -> None:

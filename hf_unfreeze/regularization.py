@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._fresh import draw
 from ._kept import Kept
 from .errors import StructureError
 from .freezing import largest_modules
@@ -104,7 +105,8 @@ def reinitialize(model: nn.Module, selectors: str, seed: int = 0) -> tuple[str, 
     """Draw the weights of the named groups anew, as the model's own ``_init_weights`` does.
 
     The top blocks of a pretrained model are the most specialised; starting them afresh can make fine-tuning on a few
-    thousand examples steadier. The random state is as before afterwards.
+    thousand examples steadier. The random state is as before afterwards. What only a constructor sets, as CLIP's
+    ``logit_scale``, is copied from a second model that is built for it and given up again.
 
     Example:
         >>> reinitialize(model, "block[-2:]")
@@ -117,7 +119,7 @@ def reinitialize(model: nn.Module, selectors: str, seed: int = 0) -> tuple[str, 
 
     Raises:
         ScheduleError: A selector cannot be read, or matches nothing.
-        StructureError: A PEFT model, whose blocks stay as they are.
+        StructureError: A PEFT model, whose blocks stay as they are, or weights that nothing draws: then all stay.
 
     Reference: Revisiting few-sample BERT fine-tuning, arXiv 2006.05987.
     """
@@ -128,24 +130,12 @@ def reinitialize(model: nn.Module, selectors: str, seed: int = 0) -> tuple[str, 
         )
     groups = layer_groups(model)
     names = parse_selectors(selectors).phases(groups)[0].trainable
-    wanted = {name for group in groups if group.name in names for name in group.parameter_names}
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for path, module in model.named_modules():
-            own = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
-            if own and wanted.issuperset(own):
-                _draw(model, module)
+        left = draw(model, {name for group in groups if group.name in names for name in group.parameter_names})
+    if left:
+        raise StructureError(
+            f"reinitialize={selectors!r} cannot draw {', '.join(left)}: quantised, or neither an _init_weights nor a "
+            "reset_parameters sets all of it. Give the module that owns it a reset_parameters, or leave its group out."
+        )
     return names
-
-
-def _draw(model: nn.Module, module: nn.Module) -> None:
-    """Draw one module: by the model's rule, or by torch's for a module the model says nothing about."""
-    for parameter in module.parameters(recurse=False):
-        if hasattr(parameter, "_is_hf_initialized"):  # transformers 5 marks loaded weights, and would leave them
-            del parameter._is_hf_initialized
-    rule = getattr(model, "_init_weights", None)
-    reset = getattr(module, "reset_parameters", None)
-    if callable(reset):
-        reset()
-    if callable(rule):
-        rule(module)

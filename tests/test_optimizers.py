@@ -107,6 +107,23 @@ def test_refused_with_the_reason(make_trainer, optimizer):
     assert run(make_trainer, optimizer, UnfreezeCallback("all_at_once"), **arguments) == plain, "nothing to follow"
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")  # theirs
+@pytest.mark.parametrize("optimizer", EXACT)
+def test_param_groups_in_parts_change_nothing(make_trainer, optimizer):
+    """A weight decay per group that is everyone's own: the weights of a run without, and the same in a checkpoint."""
+    package, arguments = EXACT[optimizer]
+    if package:
+        pytest.importorskip(package)
+    ends = []
+    for decay in (None, "all=0.1"):
+        callback = UnfreezeCallback(SCHEDULE, group_weight_decay=decay)
+        trainer = make_trainer(callback, model=wide(), optim=optimizer, max_steps=6, **arguments)
+        trainer.train()
+        ends.append((hashes(trainer.model), str(trainer.optimizer.state_dict()["param_groups"])))
+    assert ends[0] == ends[1]
+
+
 def test_apex_counts_steps_for_a_param_group_and_is_refused():
     """Apex itself needs CUDA; its class by that name counts in ``group["step"]``, which parts of a group would lose."""
     model, optimizer = wide(), type("FusedAdam", (torch.optim.AdamW,), {})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import hashes, tiny_bert, tiny_data
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import BertForSequenceClassification
 
 from hf_unfreeze import Unfreezer, layer_groups, set_trainable
@@ -128,3 +129,18 @@ def test_bytes_are_quantised_weights():
         parameter.requires_grad_(False).data = torch.zeros(1, dtype=torch.uint8)
     with pytest.raises(ScheduleError, match="every parameter of BertForSequenceClassification is quantised"):
         set_trainable(model, "all")
+
+
+def test_a_frozen_weight_that_is_sharded_is_not_taken_for_a_quantised_one():
+    """FSDP2's parameters are made of a part and a mesh of devices, which has no dtype."""
+    model = tiny_bert()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        model.classifier.weight.requires_grad_(False)
+        fully_shard(model, mesh=mesh)
+        assert homes(model).keys() == dict(model.named_parameters()).keys()
+        set_trainable(model, "head")
+        assert model.classifier.weight.requires_grad
+    finally:
+        torch.distributed.destroy_process_group()
