@@ -10,7 +10,7 @@ from torch import nn
 
 from .groups import LayerGroup, leave_out
 
-__all__ = ["without_fixed"]
+__all__ = ["UNBUILT", "without_fixed"]
 
 UNBUILT = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, ImportError, NotImplementedError)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._fixed import UNBUILT
 from ._quantised import is_quantised
 from .errors import StructureError
 
@@ -143,7 +144,7 @@ def _from_a_second_model(model: nn.Module, wanted: Mapping[str, nn.Parameter]) -
                 new = fresh.get(name.removeprefix(prefix))
                 if new is not None and new.shape == wanted[name].shape:
                     wanted[name].copy_(new)
-        except Exception as error:
+        except UNBUILT as error:
             raise StructureError(
                 f"reinitialize takes {', '.join(sorted(inside))} from a second {type(module).__name__}, as only its "
                 f"constructor sets them, and that fails ({error}). Leave their groups out."
