@@ -75,6 +75,7 @@ class Prober:
         interval: int,
     ) -> None:
         given: dict[str, Any] = dict(schedule.arguments)
+        self._schedule = str(schedule)
         self.name: str = given.get("criterion", "validation_agreement")
         self.criterion = find_criterion(self.name) if "criterion" in given else AGREEMENT
         if probe is None:
@@ -146,6 +147,7 @@ class Prober:
         self.norms = dict(zip(names, norms, strict=True))
         known = {name: value for name, value in agreed.items() if math.isfinite(value)}  # JSON has no NaN
         record = {"unfreeze/criterion": self.name, "unfreeze/worth": known, "unfreeze/batches": batches}
+        record["unfreeze/schedule"] = self._schedule
         self.records.append(record | ({"unfreeze/gradient_norms": self.norms} if self.criterion.before else {}))
         return agreed
 

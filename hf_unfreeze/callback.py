@@ -28,7 +28,7 @@ from ._trainer import (
     steps_per_epoch,
 )
 from ._training_arguments import UnfreezeArguments
-from ._transition import as_record
+from ._transition import as_record, on_record
 from ._watch import watch
 from .cache import FrozenPrefixCache, recommended
 from .errors import UnfreezeError
@@ -238,9 +238,9 @@ class UnfreezeCallback(TrainerCallback):
         state.log_history += [record | when for record in self.unfreezer.take_records()]
         if transition is None:
             return
-        record = as_record(transition)
+        record = as_record(transition, self.unfreezer.schedule)
         past = past_transitions(state.log_history)
-        if past and all(past[-1].get(key) == value for key, value in record.items()):
+        if past and on_record(record, past[-1]):
             return  # resumed inside a phase whose beginning is on record
         if not past and self.unfreezer.trains_everything:
             return  # nothing has changed, and a log without a record says just that
