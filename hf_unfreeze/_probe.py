@@ -15,7 +15,7 @@ from torch import nn
 
 from ._kept import Pretrained
 from ._outputs import group_modules, outputs_of
-from ._shadow import random_state, set_random_state
+from ._shadow import random_state, seed_random_state, set_random_state
 from .criteria import AGREEMENT, Evidence, find_criterion
 from .errors import EnvironmentRefused, ScheduleError
 from .freezing import flags_lent
@@ -188,11 +188,16 @@ class Prober:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Lend the model in evaluation mode without gradient checkpointing; modes and random states are as before after."""
+    """Lend the model in evaluation mode without gradient checkpointing; modes and random states are as before after.
+
+    In between generators begin anew: a collator that masks at random gives each measurement the same batches.
+    """
     modes = [(module, module.training) for module in model.modules()]
     recomputed = [m for m in model.modules() if vars(m).get("gradient_checkpointing")]
     states = [(random_state(device), device) for device in {p.device for p in model.parameters()}]
     try:
+        for _, device in states:
+            seed_random_state(device)
         for module, _ in modes:
             module.training = False
         for module in recomputed:
