@@ -153,6 +153,7 @@ class UnfreezeCallback(TrainerCallback):
     def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         trainer = calling_trainer()
+        self.cache = FrozenPrefixCache.parse(self.cache)  # as it is now
         self._steps_per_epoch = steps_per_epoch(args, kwargs.get("train_dataloader"))
         self.unfreezer = Unfreezer(
             model if trainer is None else trainer.model_wrapped,

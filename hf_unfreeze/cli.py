@@ -60,8 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unknown(arguments: argparse.Namespace, words: str) -> str:
-    hint = f" What the script is to get stands after --: hf-unfreeze search {arguments.script} -- {words}"
-    return f"unrecognized arguments: {words}." + (hint if arguments.command is _search else "")
+    told = f"unrecognized arguments: {words}."
+    if arguments.command is _search:
+        told += f" What the script is to get stands after --: hf-unfreeze search {arguments.script} -- {words}"
+    return told
 
 
 def _parser() -> argparse.ArgumentParser:
