@@ -10,16 +10,15 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ._history import divergence, past_transitions
+from ._history import past_transitions
 from ._live import LiveView
 from ._options import Options
 from ._plan import plan_rows, plan_table, state_copies
+from ._resumed import go_on, save_beside
 from ._trainer import (
     calling_trainer,
-    checkpoint_resumed,
     complete_schedule,
     extend_model_card,
-    newest_checkpoint,
     probe_of,
     read_ahead,
     refuse,
@@ -121,6 +120,7 @@ class UnfreezeCallback(TrainerCallback):
         self.unfreezer: Unfreezer | None = None
         self._live: LiveView | None = None
         self._steps_per_epoch: int | None = None
+        self._told = False  # what is wrong with the checkpoints
         self._unwatch: list[Callable[[], None]] = []
 
     def _options(self) -> Options:
@@ -175,11 +175,7 @@ class UnfreezeCallback(TrainerCallback):
             self._live = LiveView(trainer, self.unfreezer, self._steps_per_epoch, self.cache)
         if state.is_world_process_zero and not args.disable_tqdm:
             self._print_plan(model, state)
-        self.unfreezer.memory.replay(state.log_history, state.global_step)
-        if state.global_step and (different := divergence(self.unfreezer, state.log_history, state.global_step)):
-            warnings.warn(different, UserWarning, stacklevel=2)
-        for kept in self.unfreezer.kept if state.global_step else ():
-            kept.load(checkpoint_resumed())
+        go_on(self.unfreezer, model, state)
         self._advance(args, state)
 
     def _draw_anew(self, model: Any, seed: int) -> None:
@@ -221,8 +217,8 @@ class UnfreezeCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put beside the checkpoint what a resumed run needs and the checkpoint lacks: weights to return to."""
-        for kept in self.unfreezer.kept if self.unfreezer and state.is_world_process_zero else ():
-            kept.save(newest_checkpoint(args, state.global_step))
+        if self.unfreezer is not None and state.is_world_process_zero:
+            self._told |= save_beside(self.unfreezer, kwargs["model"], args, state, not self._told)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
