@@ -76,7 +76,7 @@ class UnfreezeCallback(TrainerCallback):
         cache: ``"memory"``, ``"device"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: an example
             goes through the frozen blocks once in the run and not once in an epoch.
 
-    An ``EarlyStoppingCallback`` on the same Trainer counts its patience anew in each phase.
+    An ``EarlyStoppingCallback`` on the same Trainer counts its patience anew where the trainable set changes.
 
     Raises:
         UnfreezeError: At once for a schedule or argument that cannot be read; when training begins for one that does
