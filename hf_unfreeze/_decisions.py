@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -75,17 +76,20 @@ class Auto(Measured):
     def __init__(
         self, schedule: Schedule, groups: Sequence[Group], planned: tuple[Phase, ...], measure: Prober
     ) -> None:
-        super().__init__(groups, measure)
-        self._schedule, self._planned = schedule, planned
+        super().__init__(schedule, groups, measure)
+        self._planned = planned
         self.phases = planned[:1]
         self.may_open = frozenset(name for phase in planned for name in phase.trainable)
 
     def advance(self, step: int) -> None:
-        """Choose what opens, where that is due."""
-        if len(self.phases) < len(self._planned):
+        """Choose what opens, where that is due; all at once what was due before it took over from another schedule."""
+        open_now = len(self.phases[-1].trainable)  # as many as planned, whichever they are
+        reached = bisect_right(self._planned, open_now, key=lambda phase: len(phase.trainable)) - 1
+        due = bisect_right(self._planned, step, key=lambda phase: phase.start) - 1
+        if reached < len(self._planned) - 1:
             self.measure.begin(self._closed())
-        while len(self.phases) < len(self._planned) and self._planned[len(self.phases)].start <= step:
-            self._choose(*self._planned[len(self.phases) - 1 : len(self.phases) + 1])
+        if due > reached:
+            self._choose(self._planned[max(reached, 0)], self._planned[due])
 
     def _choose(self, before: Phase, planned: Phase) -> None:
         present, closed = set(self.phases[-1].trainable), self._closed()
@@ -135,7 +139,7 @@ class Converged(Measured):
         measure: Prober,
         length: Length,
     ) -> None:
-        super().__init__(groups, measure)
+        super().__init__(schedule, groups, measure)
         given: dict[str, Any] = dict(schedule.arguments)
         self._criterion, self._percentile = given["criterion"], given["percentile"]
         self._ticks = Ticks(given["every"], length)

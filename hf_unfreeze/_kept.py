@@ -41,7 +41,8 @@ class Kept:
 
     def save(self, checkpoint: Path) -> None:
         """Put the copies into a checkpoint, which holds the trained weights."""
-        save_file({name: weight.cpu() for name, weight in self.weights.items()}, checkpoint / self.file)
+        weights = {name: weight.cpu().contiguous() for name, weight in self.weights.items()}  # or channels_last
+        save_file(weights, checkpoint / self.file)
 
     def load(self, checkpoint: Path | None) -> None:
         """Take the copies from a checkpoint: by now the model holds trained weights.
@@ -63,8 +64,8 @@ class Kept:
                 f"{source} has no {self.file}: it was written with {self._option}, and the weights "
                 f"to return to are not in it. Write {self._option}, or start again from the pretrained model."
             )
-        for name, weight in weights.items():
-            self.weights[name] = weight.to(self._tensors[name])
+        for name in weights.keys() & self._tensors.keys():  # less may open now than in the run that wrote them
+            self.weights[name] = torch.empty_like(self._tensors[name], requires_grad=False).copy_(weights[name])
 
 
 class BestWeights(Kept):

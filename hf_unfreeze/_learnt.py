@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ._measured import Measured, Ticks
@@ -26,7 +27,7 @@ class Learnt(Measured):
     """
 
     def __init__(self, schedule: Schedule, groups: Sequence[Group], measure: Prober, length: Length) -> None:
-        super().__init__(groups, measure)
+        super().__init__(schedule, groups, measure)
         given: dict[str, Any] = dict(schedule.arguments)
         self._speed: float | None = given.get("speed")  # None: in proportion to the worth
         self._ticks = Ticks(given["every"], length, first=0 if self._speed is None else 1)
@@ -35,11 +36,16 @@ class Learnt(Measured):
         self._set = self._names if self._speed is None else [name for name in self._names if name not in top]
         self.may_open = frozenset(self._names)
         self.phases = (self._phase(0, dict.fromkeys(self._set, given.get("start", 1.0)), ""),)
+        self._chosen = False  # whether the first of them is on record, or has made way for what was measured
 
     def replay(self, records: Iterable[Any], step: int) -> None:
         """Take the rates of a run from its ``log_history``, up to a step."""
-        self.phases = tuple(self._replayed(records, step, after=-1)) or self.phases
-        self._ticks.due(step - 1)  # those are over
+        found = tuple(self._replayed(records, step, after=-1))
+        if found:
+            self.phases = (replace(found[0], start=0), *found[1:])  # also where it took over from another schedule
+            self._chosen = True
+        if found or self._speed is not None:
+            self._ticks.due(step - 1)  # those are over
 
     def advance(self, step: int) -> None:
         """Set the rates anew, where that is due."""
@@ -48,6 +54,7 @@ class Learnt(Measured):
             self._choose(due)
 
     def _choose(self, step: int) -> None:
+        first, self._chosen = self._speed is None and not self._chosen, True
         worth = self.measure(self._set)
         last = self.phases[-1]
         before = dict.fromkeys(self._set, 0.0) | dict.fromkeys(last.trainable, 1.0) | dict(last.rates)
@@ -60,7 +67,7 @@ class Learnt(Measured):
         reason = f"{self.measure.name}: from {low} at {factors[low]:.4g} to {high} at {factors[high]:.4g} of the rate"
         phase = self._phase(step, factors, reason)
         if (phase.trainable, phase.rates) != (last.trainable, last.rates):
-            self.phases = (*(() if step == 0 else self.phases), phase)
+            self.phases = (replace(phase, start=0),) if first else (*self.phases, phase)
 
     def _phase(self, start: int, factors: dict[str, float], reason: str) -> Phase:
         factors = dict.fromkeys(self._names, 1.0) | factors

@@ -10,7 +10,7 @@ from ._phases import is_transition
 from ._probe import Prober
 from ._spec import Group
 from ._time import Time
-from .schedule import Phase, parse_selectors
+from .schedule import Phase, Schedule, parse_selectors
 
 __all__ = ["Measured", "Ticks"]
 
@@ -19,6 +19,7 @@ class Measured:
     """Decides by what it measures; what it chose is on record, and is read back from there.
 
     Args:
+        schedule: The schedule: of a log that others wrote in too, only its own records count.
         groups: Layer groups, bottom → top.
         measure: What it goes by.
     """
@@ -26,8 +27,8 @@ class Measured:
     keeps_best = only_freezes = by_evaluations = False
     phases: tuple[Phase, ...]
 
-    def __init__(self, groups: Sequence[Group], measure: Prober) -> None:
-        self._groups, self.measure = groups, measure
+    def __init__(self, schedule: Schedule, groups: Sequence[Group], measure: Prober) -> None:
+        self._schedule, self._groups, self.measure = schedule, groups, measure
 
     def observe(self, metrics: Mapping[str, Any], step: int) -> bool:
         """Evaluations change nothing."""
@@ -38,16 +39,23 @@ class Measured:
         self.phases += tuple(self._replayed(records, step, after=0))
 
     def _replayed(self, records: Iterable[Any], step: int, after: int) -> Iterator[Phase]:
-        """Yield the phases that began after a step and before ``step``, and give the measure what it found."""
+        """Yield the phases that it began after a step and before ``step``, and give the measure what it found."""
+        last = self.phases[-1]
+        own = str(self._schedule)
         for record in records:
             if not isinstance(record, dict) or not isinstance(record.get("step"), int) or record["step"] >= step:
+                continue
+            if record.get("unfreeze/schedule", own) != own:  # a log of before that key was written says nothing of it
                 continue
             self.measure.replay(record)
             if is_transition(record) and record["step"] > after:
                 after = record["step"]
                 (phase,) = parse_selectors(record["unfreeze/trainable"]).phases(self._groups)
                 rates = tuple(record.get("unfreeze/rates", {}).items())
-                yield Phase(after, phase.trainable, record.get("unfreeze/reason", ""), rates=rates)
+                found = Phase(after, phase.trainable, record.get("unfreeze/reason", ""), rates=rates)
+                if after == 0 or (found.trainable, found.rates) != (last.trainable, last.rates):
+                    yield found  # one in which it took over from another schedule is no second phase
+                last = found
 
 
 class Ticks:

@@ -107,7 +107,8 @@ def _rotate_changes(groups: Sequence[Group], arguments: dict[str, Any], length: 
     if not blocks:
         names = ", ".join(group.name for group in groups)
         raise ScheduleError(f"rotate needs blocks, and this model has none (groups: {names}). Write all_at_once.")
-    kept = [name for name in ("head", "embeddings") if arguments[name]]
+    parts = {"head": ("head", "connector"), "embeddings": ("embeddings",)}  # a projector is small and may be fresh
+    kept = [name for argument, names in parts.items() if arguments[argument] for name in names]
     always = frozenset(group.name for group in groups if group.name.rpartition(".")[2] in kept)
     turns = _turns(blocks, arguments["blocks"], arguments["order"], random.Random(arguments["seed"]))
     changes: list[Change] = [(Time(Fraction(0)), always, False)]

@@ -9,12 +9,10 @@ from typing import Any
 
 from ._arguments import write_arguments
 from ._named import NAMED, Change, Value
-from ._spec import Entry, Group
+from ._spec import BLOCK, Entry, Group
 from .errors import ScheduleError
 
 __all__ = ["Phase", "Schedule", "is_transition"]
-
-_EXAMPLES = {"head": "head@0", "block": "block[-1]@0"}  # by the last word of a group's name
 
 
 def is_transition(record: Any) -> bool:
@@ -176,9 +174,13 @@ class Schedule:
         return cosines(groups, dict(self.arguments)) if cosines else {}
 
     def _examples(self, groups: Sequence[Group]) -> str:
-        own = {group.name.rpartition(".")[2].partition("[")[0] for group in groups if group.parameter_names}
-        entries = [Entry.parse(text) for kind, text in _EXAMPLES.items() if kind in own] or [Entry.parse("all@0")]
-        return " or ".join(map(self._write, entries))
+        own = [group.name for group in groups if group.parameter_names]
+        blocks = [name for name in own if BLOCK.fullmatch(name)]
+        tops = {name.partition("[")[0]: name for name in (g.name for g in groups) if BLOCK.fullmatch(name)}
+        examples = ["head@0"] if any(name.rpartition(".")[2] == "head" for name in own) else []
+        if blocks:  # with PEFT the top one may have none
+            examples.append("block[-1]@0" if set(blocks) & set(tops.values()) else f"{blocks[-1]}@0")
+        return " or ".join(self._write(Entry.parse(text)) for text in examples or ["all@0"])
 
     def _changes(self, groups: Sequence[Group]) -> list[tuple[Change, float]]:
         changes: list[tuple[Change, float]] = []

@@ -169,7 +169,7 @@ def with_metric(schedule: Schedule, metric: str | None, greater: bool | None, ev
         evaluates: Whether there will be evaluations.
 
     Raises:
-        ScheduleError: No evaluation, or no metric.
+        ScheduleError: No evaluation, no metric, or one that is told to be better where it is worse.
     """
     if schedule.name != "plateau":
         return schedule
@@ -179,6 +179,12 @@ def with_metric(schedule: Schedule, metric: str | None, greater: bool | None, ev
     best = _prefixed(metric or "")
     given["metric"] = _prefixed(str(given["metric"] or "")) or best
     if given["metric"] == best and given["mode"] == "auto" and greater is not None:
+        if greater and best and not greater_is_better(best, "auto"):  # filled in for every name that ends not with loss
+            raise ScheduleError(
+                f"greater_is_better=True takes more {best} as better, and by its name less is. TrainingArguments fills "
+                "this in where it is left out, and load_best_model_at_end goes by it too. Write "
+                f"greater_is_better=False; or plateau({best}, mode=max) where more is better."
+            )
         given["mode"] = "max" if greater else "min"
     return replace(schedule, arguments=tuple(given.items()))
 

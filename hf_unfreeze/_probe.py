@@ -15,7 +15,7 @@ from torch import nn
 
 from ._kept import Pretrained
 from ._outputs import group_modules, outputs_of
-from ._shadow import random_state, set_random_state
+from ._shadow import random_state, seed_random_state, set_random_state
 from .criteria import AGREEMENT, Evidence, find_criterion
 from .errors import EnvironmentRefused, ScheduleError
 from .freezing import flags_lent
@@ -75,6 +75,7 @@ class Prober:
         interval: int,
     ) -> None:
         given: dict[str, Any] = dict(schedule.arguments)
+        self._schedule = str(schedule)
         self.name: str = given.get("criterion", "validation_agreement")
         self.criterion = find_criterion(self.name) if "criterion" in given else AGREEMENT
         if probe is None:
@@ -146,6 +147,7 @@ class Prober:
         self.norms = dict(zip(names, norms, strict=True))
         known = {name: value for name, value in agreed.items() if math.isfinite(value)}  # JSON has no NaN
         record = {"unfreeze/criterion": self.name, "unfreeze/worth": known, "unfreeze/batches": batches}
+        record["unfreeze/schedule"] = self._schedule
         self.records.append(record | ({"unfreeze/gradient_norms": self.norms} if self.criterion.before else {}))
         return agreed
 
@@ -186,11 +188,16 @@ class Prober:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Lend the model in evaluation mode without gradient checkpointing; modes and random states are as before after."""
+    """Lend the model in evaluation mode without gradient checkpointing; modes and random states are as before after.
+
+    In between generators begin anew: a collator that masks at random gives each measurement the same batches.
+    """
     modes = [(module, module.training) for module in model.modules()]
     recomputed = [m for m in model.modules() if vars(m).get("gradient_checkpointing")]
     states = [(random_state(device), device) for device in {p.device for p in model.parameters()}]
     try:
+        for _, device in states:
+            seed_random_state(device)
         for module, _ in modes:
             module.training = False
         for module in recomputed:

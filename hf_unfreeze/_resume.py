@@ -8,7 +8,7 @@ from typing import Any
 
 from ._decisions import Decisions, Timed
 from ._kept import Kept
-from ._transition import Transition, as_record
+from ._transition import Transition, as_record, on_record
 from .errors import UnfreezeError
 from .schedule import Schedule
 
@@ -38,9 +38,9 @@ class Memory:
 
     def note_transition(self, transition: Transition) -> None:
         """Remember that a phase began, and not again where a run resumed inside it."""
-        record = as_record(transition)
+        record = as_record(transition, self._schedule)
         past = next((r for r in reversed(self._records) if "unfreeze/phase" in r), None)
-        if past is None or record != {name: value for name, value in past.items() if name != "step"}:
+        if past is None or not on_record(record, past):
             self.note([record], transition.step)
 
     def note_measured(self, step: int) -> None:

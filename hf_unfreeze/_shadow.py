@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._C._functorch import peek_interpreter_stack  # of torch.func: tensors without values
 
-__all__ = ["Call", "Shadow", "drew", "only_drew", "random_state", "set_random_state"]
+__all__ = ["Call", "Shadow", "drew", "only_drew", "random_state", "seed_random_state", "set_random_state"]
 
 Call = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -70,6 +70,17 @@ def set_random_state(state: list[Any], device: torch.device) -> None:
     if state[2] is not None:
         sys.modules["numpy"].random.set_state(state[2])
     random.setstate(state[3])
+
+
+def seed_random_state(device: torch.device) -> None:
+    """Let the same generators begin anew; others, such as those of devices that nobody uses here, stay as they are."""
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(0)
+    random.seed(0)
 
 
 def only_drew(before: list[Any], after: list[Any], count: int) -> bool:

@@ -47,12 +47,12 @@ class Store(Protocol):
         """Whether activations stay on the device that computed them."""
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that are free on a device, or in main memory where the device has none of its own.
+def free_memory(device: torch.device | None = None) -> int:
+    """Return the bytes that are free on a device, or in main memory where it has none of its own.
 
     8 GiB where the operating system does not say.
     """
-    of_device = getattr(torch.get_device_module(device), "mem_get_info", None)
+    of_device = getattr(torch.get_device_module(device), "mem_get_info", None) if device is not None else None
     if of_device is not None:
         return int(of_device(device)[0])
     try:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.util
 import math
 import os
+import random
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType, MethodType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer, Trainer, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ._ahead import Ahead, holds_all
@@ -104,6 +114,7 @@ def probe_of(trainer: Trainer | None) -> Probe | None:
     """Return batches of the Trainer's data sets, and its loss; its own loaders and random states are left alone."""
     if trainer is None:
         return None
+    pristine = _copied(trainer.data_collator)  # one with a generator of its own would be moved on
     size, part, parts = trainer.args.per_device_train_batch_size, trainer.args.process_index, trainer.args.world_size
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -113,7 +124,7 @@ def probe_of(trainer: Trainer | None) -> Probe | None:
     def batches(data: Any, count: int) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(trainer.args.seed)
         drawn = torch.randperm(len(data), generator=generator)[part::parts][: count * size].tolist()
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, "probe")
+        collate = trainer._get_collator_with_removed_columns(_copied(pristine), "probe")
         return iter([collate([data[i] for i in drawn[n : n + size]]) for n in range(0, len(drawn), size)])
 
     held_out = trainer.eval_dataset
@@ -123,6 +134,25 @@ def probe_of(trainer: Trainer | None) -> Probe | None:
     validation = functools.partial(batches, held_out) if hasattr(held_out, "__len__") else None
     per_step = trainer.args.gradient_accumulation_steps
     return Probe(loss, functools.partial(batches, trainer.train_dataset), validation, per_step)
+
+
+def _copied(thing: Any, called: bool = False, depth: int = 4) -> Any:
+    """Copy a collator with the random generators in it and in what it calls; a model or a tokenizer it holds stays."""
+    if isinstance(thing, torch.Generator):
+        return torch.Generator(thing.device).set_state(thing.get_state())
+    if isinstance(thing, (random.Random, np.random.Generator, np.random.RandomState)):
+        return copy.deepcopy(thing)
+    if isinstance(thing, MethodType):
+        return MethodType(thing.__func__, _copied(thing.__self__, True, depth))
+    if isinstance(thing, functools.partial):
+        named = {name: _copied(value, depth=depth - 1) for name, value in thing.keywords.items()}
+        return functools.partial(_copied(thing.func, True, depth), *map(_copied, thing.args), **named)
+    shared = isinstance(thing, (nn.Module, Trainer, PreTrainedTokenizerBase, type, FunctionType))
+    if shared or not depth or not (called or callable(thing)) or not hasattr(thing, "__dict__"):
+        return thing
+    twin = copy.copy(thing)
+    vars(twin).update({name: _copied(value, depth=depth - 1) for name, value in vars(thing).items()})
+    return twin
 
 
 def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

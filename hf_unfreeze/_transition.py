@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .groups import LayerGroup
-from .schedule import Phase, spec_of
+from .schedule import Phase, Schedule, spec_of
 
-__all__ = ["Transition", "announcement", "as_record"]
+__all__ = ["Transition", "announcement", "as_record", "on_record"]
 
 _ANNOUNCED = 32  # phases that ranks compare ahead: a schedule that rotates has thousands
 
@@ -50,7 +50,7 @@ def announcement(step: int, present: Phase | None, phases: Sequence[Phase], grou
     return now + [f"from step {phase.start} {told(phase)}" for phase in coming]
 
 
-def as_record(transition: Transition) -> dict[str, Any]:
+def as_record(transition: Transition, schedule: Schedule) -> dict[str, Any]:
     """Return a transition as a record of ``log_history``, without step and epoch; with a reason where it has one."""
     reason = {"unfreeze/reason": transition.reason} if transition.reason else {}
     rates = {"unfreeze/rates": dict(transition.rates)} if transition.rates else {}
@@ -60,4 +60,10 @@ def as_record(transition: Transition) -> dict[str, Any]:
         "unfreeze/trainable_params": transition.trainable_params,
         **reason,
         **rates,
+        "unfreeze/schedule": str(schedule),
     }
+
+
+def on_record(record: Mapping[str, Any], past: Mapping[str, Any]) -> bool:
+    """Tell whether a record says nothing new after the last one before it, whichever schedule wrote that."""
+    return all(past.get(key) == value for key, value in record.items() if key != "unfreeze/schedule")

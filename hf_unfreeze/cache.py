@@ -93,7 +93,7 @@ class FrozenPrefixCache:
         elif store == "device":
             self.store = MemoryStore(max_bytes or 0, beside_model=True)  # 0: not known before the model is
         else:
-            self.store = MemoryStore(max_bytes or free_memory(torch.device("cpu")) // 4)
+            self.store = MemoryStore(max_bytes or free_memory() // 4)
 
     @classmethod
     def parse(cls, cache: str | FrozenPrefixCache | None) -> FrozenPrefixCache | None:

@@ -10,17 +10,16 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ._history import divergence, past_transitions
+from ._history import past_transitions
 from ._live import LiveView
 from ._options import Options
 from ._plan import plan_rows, plan_table, state_copies
+from ._resumed import go_on, save_beside
 from ._trainer import (
     calling_trainer,
-    checkpoint_resumed,
     complete_schedule,
     extend_model_card,
     loss_is_the_models,
-    newest_checkpoint,
     probe_of,
     read_ahead,
     refuse,
@@ -29,7 +28,7 @@ from ._trainer import (
     steps_per_epoch,
 )
 from ._training_arguments import UnfreezeArguments
-from ._transition import as_record
+from ._transition import as_record, on_record
 from ._watch import watch
 from .cache import FrozenPrefixCache, recommended
 from .errors import UnfreezeError
@@ -78,7 +77,7 @@ class UnfreezeCallback(TrainerCallback):
         cache: ``"memory"``, ``"device"``, ``"disk"``, ``"disk:FOLDER"`` or a ``FrozenPrefixCache``: an example
             goes through the frozen blocks once in the run and not once in an epoch.
 
-    An ``EarlyStoppingCallback`` on the same Trainer counts its patience anew in each phase.
+    An ``EarlyStoppingCallback`` on the same Trainer counts its patience anew where the trainable set changes.
 
     Raises:
         UnfreezeError: At once for a schedule or argument that cannot be read; when training begins for one that does
@@ -122,6 +121,7 @@ class UnfreezeCallback(TrainerCallback):
         self.unfreezer: Unfreezer | None = None
         self._live: LiveView | None = None
         self._steps_per_epoch: int | None = None
+        self._told = False  # what is wrong with the checkpoints
         self._unwatch: list[Callable[[], None]] = []
 
     def _options(self) -> Options:
@@ -154,6 +154,7 @@ class UnfreezeCallback(TrainerCallback):
     def _begin(self, args: TrainingArguments, state: TrainerState, **kwargs: Any) -> None:
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         trainer = calling_trainer()
+        self.cache = FrozenPrefixCache.parse(self.cache)  # as it is now
         self._steps_per_epoch = steps_per_epoch(args, kwargs.get("train_dataloader"))
         self.unfreezer = Unfreezer(
             model if trainer is None else trainer.model_wrapped,
@@ -176,11 +177,7 @@ class UnfreezeCallback(TrainerCallback):
             self._live = LiveView(trainer, self.unfreezer, self._steps_per_epoch, self.cache)
         if state.is_world_process_zero and not args.disable_tqdm:
             self._print_plan(model, state)
-        self.unfreezer.memory.replay(state.log_history, state.global_step)
-        if state.global_step and (different := divergence(self.unfreezer, state.log_history, state.global_step)):
-            warnings.warn(different, UserWarning, stacklevel=2)
-        for kept in self.unfreezer.kept if state.global_step else ():
-            kept.load(checkpoint_resumed())
+        go_on(self.unfreezer, model, state)
         self._advance(args, state)
 
     def _draw_anew(self, model: Any, seed: int) -> None:
@@ -222,8 +219,8 @@ class UnfreezeCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put beside the checkpoint what a resumed run needs and the checkpoint lacks: weights to return to."""
-        for kept in self.unfreezer.kept if self.unfreezer and state.is_world_process_zero else ():
-            kept.save(newest_checkpoint(args, state.global_step))
+        if self.unfreezer is not None and state.is_world_process_zero:
+            self._told |= save_beside(self.unfreezer, kwargs["model"], args, state, not self._told)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -240,9 +237,9 @@ class UnfreezeCallback(TrainerCallback):
         state.log_history += [record | when for record in self.unfreezer.take_records()]
         if transition is None:
             return
-        record = as_record(transition)
+        record = as_record(transition, self.unfreezer.schedule)
         past = past_transitions(state.log_history)
-        if past and all(past[-1].get(key) == value for key, value in record.items()):
+        if past and on_record(record, past[-1]):
             return  # resumed inside a phase whose beginning is on record
         if not past and self.unfreezer.trains_everything:
             return  # nothing has changed, and a log without a record says just that

@@ -54,14 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command(arguments)
     except (UnfreezeError, OSError) as error:
-        print("hf-unfreeze:", *str(error).split(), file=sys.stderr)  # noqa: T201
+        told = str(error).replace("pass steps_per_epoch", "give --steps-per-epoch")
+        print("hf-unfreeze:", *told.split(), file=sys.stderr)  # noqa: T201
         return 2
     return 0
 
 
 def _unknown(arguments: argparse.Namespace, words: str) -> str:
-    hint = f" What the script is to get stands after --: hf-unfreeze search {arguments.script} -- {words}"
-    return f"unrecognized arguments: {words}." + (hint if arguments.command is _search else "")
+    script = vars(arguments).get("script")  # of a search
+    hint = f" What the script is to get stands after --: hf-unfreeze search {script} -- {words}" if script else ""
+    return f"unrecognized arguments: {words}.{hint}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from ._arguments import read_arguments
 from ._deciding import auto, auto_rates, build_named, freeze_converged, learn_rates, plateau
+from ._named import NAMED
 from ._phases import Phase, Schedule
 from ._spec import Entry, Selector, spec_of
 from ._time import Time
@@ -55,6 +56,8 @@ __all__ = [
 
 _NAMED = re.compile(r"([A-Za-z_]\w*)\s*(?:\((.*)\))?", re.DOTALL)
 _UNCLOSED = re.compile(r"[A-Za-z_]\w*\s*\([^()]*")
+_UNBRACKETED = re.compile(r"([A-Za-z_]\w*)(?:[\s:]+|\s*,\s*(?=\w+\s*=))([^@()]+)")
+_TIMED = re.compile(r"(?:\A|,)\s*([A-Za-z_]\w*)\s*(\([^()]*\))?\s*@")
 RECOMMENDED = "top(0.4)"  # by recipes/benchmark.py: see the guide
 
 
@@ -84,7 +87,21 @@ def parse_schedule(spec: str | Schedule) -> Schedule:
     if _UNCLOSED.fullmatch(spec.strip()):
         parse_schedule(f"{spec})")  # has faults of its own, which come first
         raise ScheduleError(f"{spec.strip()!r}: the bracket is not closed. Write {spec.strip()}).")
+    _check_named(spec)
     return Schedule(_entries("schedule", spec, Entry.parse))
+
+
+def _check_named(spec: str) -> None:
+    """Raise where a named schedule is written as an entry, or its arguments without brackets."""
+    bare = _UNBRACKETED.fullmatch(spec.strip())
+    if bare and bare[1] in NAMED:
+        read_arguments(*bare.groups())  # has faults of its own, which come first
+        raise ScheduleError(f"{spec.strip()!r}: what {bare[1]} takes stands in brackets. Write {bare[1]}({bare[2]}).")
+    for name, brackets in _TIMED.findall(spec):
+        if name in NAMED:
+            raise ScheduleError(
+                f"{spec.strip()!r}: {name} stands for a whole schedule, without a time. Write {name}{brackets} alone."
+            )
 
 
 def _entries(kind: str, text: str, read: Callable[[str], Entry]) -> tuple[Entry, ...]:
@@ -227,7 +244,7 @@ def rotate(
         seed: Of the shuffle of each round; the same on every process and after a resume.
         order: ``random``, ``ascending`` (from the bottom) or ``descending``.
         embeddings: Whether the embeddings train all the time.
-        head: Whether the head trains all the time.
+        head: Whether the head trains all the time, and with it what lies between stacks (``connector``).
 
     Raises:
         ScheduleError: An argument of the wrong kind; later, a run of unknown length.

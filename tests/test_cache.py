@@ -119,6 +119,17 @@ def test_an_example_goes_once_through_each_frozen_block(make_trainer):
                       3: (1 + 3) * both_sets + 1 + 24 + 24}  # fmt: skip
 
 
+def test_a_cache_named_between_two_runs(make_trainer):
+    callback = UnfreezeCallback(DOWN)
+    callback.cache = "memory"
+    trainer = make_trainer(callback)
+    trainer.train()
+    assert callback.cache.stats.hits
+    callback.cache = "off"
+    trainer.train()
+    assert callback.cache is None
+
+
 def test_boundary_moves_up_and_down(make_trainer):
     counts = []
 

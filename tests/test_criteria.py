@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import random
+import warnings
+from functools import partial
 
 import pytest
 import torch
 from conftest import EXAMPLES, hashes, tiny_bert
 from test_schedule import plan
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
 from hf_unfreeze import UnfreezeCallback, UnfreezeError, Unfreezer, parse_schedule
 from hf_unfreeze import criteria as module
@@ -299,3 +301,42 @@ def test_the_cache_is_refused_beside_auto(make_trainer):
     with pytest.raises(UnfreezeError, match="Write cache=None, or another schedule"):
         trainer.train()
     assert not [name for module in trainer.model.modules() for name in ("train", "forward") if name in vars(module)]
+
+
+class Masks:
+    """Collates, and hides tokens at random as masked language modelling does."""
+
+    def __init__(self, generator=None):
+        self.generator = generator
+
+    def __call__(self, examples):
+        batch = default_data_collator(examples)
+        hidden = torch.rand(batch["input_ids"].shape, generator=self.generator) < 0.5
+        return {**batch, "input_ids": batch["input_ids"].masked_fill(hidden, 0)}
+
+    def collate(self, examples):
+        return self(examples)
+
+
+COLLATORS = {
+    "the state of torch": Masks,
+    "its own": lambda: Masks(torch.Generator().manual_seed(7)),
+    "that of a method": lambda: Masks(torch.Generator().manual_seed(7)).collate,
+    "that of a part": lambda: partial(Masks.collate, Masks(torch.Generator().manual_seed(7))),
+}
+
+
+@pytest.mark.parametrize("collator", COLLATORS.values(), ids=COLLATORS)
+def test_measuring_sees_the_same_masks_and_draws_none_of_the_runs(make_trainer, collator):
+    def train(spec, **arguments):
+        return run(
+            make_trainer, spec, prepare=lambda trainer: vars(trainer).update(data_collator=collator()), **arguments
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # measures too often
+        still = train("freeze_converged(gradient_change, every=2step)", learning_rate=0.0, max_steps=5)
+        measured = train("freeze_converged(spectrum_snr, percentile=1, every=2step)", max_steps=5)
+    found = [r["unfreeze/worth"] for r in still.state.log_history if r.get("unfreeze/worth")]
+    assert len(found) == 2 and not any(worth for values in found for worth in values.values())
+    assert hashes(measured.model) == hashes(train("all_at_once", max_steps=5).model)

@@ -20,8 +20,8 @@ ORDER = ["errors", "_time", "_spec", "_named", "_arguments", "_phases", "_decidi
          "_prefix", "_prefixes", "_precision", "_fingerprints", "_exact", "_activations", "_stacks", "_ahead",
          "_caching", "cache", "criteria", "_outputs", "_probe", "_plateau", "_measured", "_learnt", "_decisions",
          "_coverage", "_at_work", "_transition", "_resume", "_followers", "unfreezer", "_history", "_plan",
-         "_scale", "_watch", "_timeline", "_heatmap", "_trainer", "_live", "_training_arguments", "callback",
-         "report", "_search", "cli", "__main__"]  # fmt: skip
+         "_scale", "_watch", "_timeline", "_heatmap", "_trainer", "_resumed", "_live", "_training_arguments",
+         "callback", "report", "_search", "cli", "__main__"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ORDER)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from hf_unfreeze import FrozenPrefixCache, UnfreezeCallback, Unfreezer, set_trainable
-from hf_unfreeze.errors import ScheduleError, StructureError
+from hf_unfreeze.errors import ScheduleError, StructureError, UnfreezeError
 
 BERT = {"task_type": "SEQ_CLS"}  # PEFT then trains the classifier too
 LORA = {**BERT, "target_modules": ["query", "value"], "lora_dropout": 0.1}
@@ -176,6 +176,16 @@ def phases_of(model, schedule):
             seen.append((transition.trainable, names))
     unfreezer.close()
     return seen
+
+
+def test_an_empty_block_is_refused_with_one_that_has_adapters():
+    model = adapted(LoraConfig(**LORA, layers_to_transform=[0, 1]))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(UnfreezeError, match=r"for instance head@0 or (block\[1\]@0)\.$") as refused:
+        Unfreezer(model, optimizer, "block[-1]@0")
+    unfreezer = Unfreezer(model, optimizer, refused.value.args[0].rpartition(" or ")[2].rstrip("."))
+    assert unfreezer.step(0).trainable == "block[1]"
+    unfreezer.close()
 
 
 def test_gradual_without_a_head_begins_with_the_top_adapter():

@@ -229,6 +229,16 @@ def test_the_trainers_best_metric_is_the_default(spec, best, greater, metric, mo
     assert (given["metric"], given["mode"]) == (metric, mode)
 
 
+def test_a_default_that_takes_more_errors_as_better_is_refused(make_trainer):
+    told = (
+        r"greater_is_better=True takes more eval_wer as better.*greater_is_better=False; or plateau\(eval_wer, mode=max"
+    )
+    with pytest.raises(ScheduleError, match=told):  # which TrainingArguments fills in
+        run(make_trainer, "plateau(wer)", metric_for_best_model="wer")
+    given = dict(with_metric(parse_schedule("plateau(wer, mode=max)"), "wer", True, True).arguments)
+    assert given["mode"] == "max"
+
+
 @pytest.mark.parametrize(("metric", "falls"), [("eval_wer", True), ("eval_accuracy", False), ("eval_a_loss", True)])
 def test_the_name_tells_which_way_is_better(metric, falls):
     decisions = Plateau(plateau(metric, patience=1), GROUPS, 100, 10)

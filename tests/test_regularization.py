@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from conftest import hashes, tiny_bert
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import ConvNextConfig, ConvNextForImageClassification, EarlyStoppingCallback, TrainerCallback
 
 from hf_unfreeze import UnfreezeArguments, UnfreezeCallback, UnfreezeError, Unfreezer, layer_groups
 from hf_unfreeze.errors import OptimizerError, ScheduleError
@@ -114,6 +114,27 @@ def test_pull_from_a_checkpoint_without_it_is_refused(make_trainer, tmp_path):
     with pytest.raises(UnfreezeError, match="written with pull=0"):
         again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     assert not [name for module in again.model.modules() for name in ("train", "forward") if name in vars(module)]
+
+
+def test_pull_of_a_model_in_channels_last_and_where_less_may_open(make_trainer, tmp_path):
+    def train(spec, folder, resume=None, embeddings=True):
+        torch.manual_seed(0)
+        sizes = {"hidden_sizes": [8, 16], "depths": [2, 2], "num_stages": 2, "image_size": 16, "num_labels": 3}
+        model = ConvNextForImageClassification(ConvNextConfig(**sizes)).to(memory_format=torch.channels_last)
+        model.convnext.embeddings.requires_grad_(embeddings)
+        trainer = make_trainer(UnfreezeCallback(spec, pull=0.5), model=model, output_dir=str(tmp_path / folder),
+                               save_strategy="steps", save_steps=3, max_steps=6)  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        trainer.train_dataset = [
+            {"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": i % 3} for i in range(16)
+        ]
+        trainer.train(resume_from_checkpoint=resume and str(tmp_path / resume / "checkpoint-3"))
+        return hashes(trainer.model)
+
+    assert train("head@0, all@2step", "run") == train("head@0, all@2step", "again", resume="run")
+    (tmp_path / "run" / "checkpoint-3" / "optimizer.pt").unlink()  # which has the state of more
+    with pytest.warns(UserWarning, match="and stays frozen"), pytest.warns(UserWarning, match="another schedule"):
+        train("all_at_once", "less", resume="run", embeddings=False)
 
 
 def test_dropout_rises_where_blocks_are_open_and_returns(make_trainer):

@@ -186,6 +186,10 @@ def test_the_page_of_architectures_and_that_others_are_detected(capsys):
         (["--max-steps", "9", "--world-size", "2", "--bandwidth", "0GB/s"], "write a number above 0 and a unit"),
         (["--max-steps", "9", "--sharded"], "Give --world-size too"),
         (["--schedule", "auto(nope, every=10%)", "--max-steps", "9"], "'nope' is no criterion"),
+        (
+            ["--schedule", "auto(fisher)", "--max-steps", "9"],
+            "Write the time in step or % instead, or give --steps-per-",
+        ),
         (["--schedule", "plateau(at_least=5step, at_most=2step)", "--max-steps", "9"], "at_least is longer than"),
         (
             ["--head", "seq2seq-lm", "--max-steps", "9"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -57,6 +58,44 @@ def test_another_schedule_is_allowed_and_told(make_trainer, tmp_path, whole):
     with pytest.warns(UserWarning, match=r"opens head at step 0; block\[3\], head at step 3.*'head@0, all@12step'"):
         again = resume(make_trainer, tmp_path, 8, schedule="head@0, all@12step")
     assert transitions(again) == [*transitions(whole)[:3], (8, "head"), (12, "all")]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "opens"),
+    [
+        ("head@0, block[-1]@3step", "learn_rates(every=10step)", "all"),
+        ("head@0, block[-1]@3step", "auto_rates(every=10step)", "all"),
+        ("head@0, block[-1]@3step", "freeze_converged(every=20step)", "all"),
+        ("rotate(blocks=1, every=1step)", "auto(spectrum_snr, every=3step)", r"block\[\d.*, head"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.* measures on")
+def test_a_schedule_that_measures_takes_nothing_over_from_another(make_trainer, tmp_path, before, after, opens):
+    make_trainer(UnfreezeCallback(before), **SAVING).train()
+    ends = []
+    for folder, step in (("run", 6), ("again", 12)):  # and goes on from itself to the same bits
+        callback = UnfreezeCallback(after, block_warmup="4step")
+        trainer = make_trainer(callback, output_dir=str(tmp_path / "again"), eval_strategy="epoch", **SAVING)
+        with pytest.warns(UserWarning, match="was trained by another schedule"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / folder / f"checkpoint-{step}"))
+        ends.append((hashes(trainer.model), transitions(trainer)))
+    seen = dict(ends[0][1])
+    assert re.fullmatch(opens, seen[6])
+    assert not before.startswith("rotate") or (len({*seen}.difference(range(7))) == 3 and seen[15] == "all")
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.filterwarnings("ignore:.* measures on")
+def test_a_log_of_before_schedules_were_on_record_is_read_as_it_was(make_trainer, tmp_path):
+    whole = make_trainer(UnfreezeCallback("auto(spectrum_snr, every=5step)"), **SAVING)
+    whole.train()
+    path = tmp_path / "run" / "checkpoint-8" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    for record in state["log_history"]:
+        record.pop("unfreeze/schedule", None)
+    path.write_text(json.dumps(state))
+    again = resume(make_trainer, tmp_path, 8, "auto(spectrum_snr, every=5step)")
+    assert (hashes(again.model), transitions(again)) == (hashes(whole.model), transitions(whole))
 
 
 def test_more_epochs_move_a_share_and_that_is_told(make_trainer, tmp_path):

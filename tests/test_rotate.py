@@ -6,7 +6,15 @@ import pytest
 import torch
 from conftest import hashes, tiny_bert
 from test_schedule import plan, single, towers
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    TrainerCallback,
+)
 
 from hf_unfreeze import UnfreezeCallback, Unfreezer, layer_groups, parse_schedule, rotate
 from hf_unfreeze._plan import plan_rows, plan_table
@@ -40,6 +48,16 @@ def test_every_round_visits_each_block_once(blocks):
     for drawn in rounds[:3]:  # equal neighbours at the border of two rounds would be one phase
         assert sorted(name for turn in drawn for name in turn) == sorted(f"block[{i}]" for i in range(12))
     assert len({tuple(map(frozenset, drawn)) for drawn in rounds}) > 1, "each round is drawn anew"
+
+
+def test_connectors_train_with_the_head():
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    images, texts = CLIPVisionConfig(**small, image_size=8, patch_size=4), LlamaConfig(**small, vocab_size=9)
+    with torch.device("meta"):
+        groups = layer_groups(LlavaForConditionalGeneration(LlavaConfig(vision_config=images, text_config=texts)))
+    for head in (True, False):
+        phases = rotate(blocks=1, every="1step", head=head).phases(groups, total_steps=8)
+        assert {"connector" in phase.trainable for phase in phases} == {head}
 
 
 def test_seeds_draw_differently_and_each_always_alike():

@@ -99,6 +99,13 @@ def test_arguments_of_the_script_without_dashes_before_them(capsys):
     assert "hf-unfreeze search recipe.py -- --train_file mine.csv" in error
 
 
+@pytest.mark.parametrize("words", [["plan", "model"], ["groups", "model"], ["architectures"]])
+def test_an_argument_that_a_command_lacks(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*words, "--bogus"])
+    assert capsys.readouterr().err.endswith(f"hf-unfreeze {words[0]}: error: unrecognized arguments: --bogus.\n")
+
+
 def test_less_is_better_for_a_loss(search):
     _, rows = search("--trials", "3", metric="eval_loss")
     assert [row["eval_loss"] for row in rows] == sorted(row["eval_loss"] for row in rows)
