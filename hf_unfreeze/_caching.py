@@ -152,7 +152,10 @@ class Caching:
 
     def _due(self, called: Called, kwargs: dict[str, Any]) -> bool:
         for stack in self._stacks:
-            if not stack.boundary or (called not in stack.trust and len(stack.trust) >= WAYS):
+            if not stack.boundary:
+                continue
+            if called not in stack.trust and len(stack.trust) >= WAYS:
+                self._say(f"the model is called in more than {WAYS} ways; such a forward runs in full")
                 continue
             trust = stack.trusted(called)
             if trust.missed >= PATIENCE:
@@ -166,7 +169,9 @@ class Caching:
     def _check(self, called: Called, call: Forward) -> Any:
         """Run with and without, then for good: that forward finds the activations of this batch at hand."""
         device = self._stacks[0].prefix.device
-        state, buffers = random_state(device), Buffers(self._model)
+        frozen = (stack for stack in self._stacks if stack.boundary)
+        passed_over = {module for stack in frozen for module in stack.prefix.below(stack.boundary)}
+        state, buffers = random_state(device), Buffers(self._model, passed_over)
         versions = [parameter._version for parameter in self._model.parameters()]
         watched: Watched = {}
         self._watched = watched

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -42,11 +42,17 @@ def scales_by_length(model: nn.Module, kind: str) -> bool:
 
 
 class Buffers:
-    """The buffers of a model as they are now (running statistics, counters, queues), to be put back."""
+    """The buffers of a model as they are now (running statistics, counters, queues), to be put back.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._owners = [module._buffers for module in model.modules()]
-        self._kept = [(o, n, b, b.clone()) for o in self._owners for n, b in o.items() if b is not None]
+    Args:
+        model: The model.
+        passed_over: Modules whose buffers nobody reads while they are passed over.
+    """
+
+    def __init__(self, model: nn.Module, passed_over: Collection[nn.Module]) -> None:
+        modules = list(model.modules())
+        self._kept = [(m._buffers, n, b, b.clone()) for m in modules for n, b in m._buffers.items() if b is not None]
+        self._read = [module._buffers for module in modules if module not in passed_over]
 
     def restore(self) -> None:
         """Put back what they were, and the tensors that held it."""
@@ -55,8 +61,8 @@ class Buffers:
                 owner[name] = buffer.copy_(value)
 
     def read(self) -> list[torch.Tensor]:
-        """Return copies of what they have become."""
-        return [b.detach().clone() for owner in self._owners for b in owner.values() if b is not None]
+        """Return copies of what those have become that are read."""
+        return [b.detach().clone() for owner in self._read for b in owner.values() if b is not None]
 
 
 def gradient_source(hidden: torch.Tensor, model: nn.Module) -> str:

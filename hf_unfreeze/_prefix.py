@@ -140,17 +140,18 @@ class Prefix:
 
     def batch_norm(self, boundary: int) -> bool:
         """Whether a batch norm below the boundary uses the statistics of the batch."""
-        return any(isinstance(module, _BatchNorm) and module.training for module in self._below(boundary))
+        return any(isinstance(module, _BatchNorm) and module.training for module in self.below(boundary))
 
     def hooked(self, boundary: int) -> str:
         """Name the module of the stem or of a block below the boundary on which a hook of the user's own stands."""
-        for module in self._below(boundary):
+        for module in self.below(boundary):
             for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
                 if not str(getattr(hook, "func", hook).__module__).startswith(LIBRARIES):
                     return type(module).__name__
         return ""
 
-    def _below(self, boundary: int) -> list[nn.Module]:
+    def below(self, boundary: int) -> list[nn.Module]:
+        """Return every module that is passed over."""
         if boundary not in self._modules:
             self._modules[boundary] = [m for part in (*self.stem, *self.blocks[:boundary]) for m in part.modules()]
         return self._modules[boundary]

@@ -170,6 +170,41 @@ def test_a_plain_model(kind, loss, reason):
     assert reason in cache.active.off and (reason or cache.stats.hits >= 4)
 
 
+class Grows(nn.TransformerEncoderLayer):
+    """Keeps a table of positions as long as the longest text so far, which nobody else reads."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 2, 32, 0.0, batch_first=True, dtype=torch.float64)
+        self.register_buffer("table", torch.zeros(0, 1))
+
+    def forward(self, hidden):
+        if len(self.table) < hidden.shape[1]:
+            self.table = torch.arange(hidden.shape[1])[:, None] / 10
+        return super().forward(hidden + self.table)
+
+
+def test_a_buffer_inside_of_what_is_passed_over():
+    def make():
+        model = Plain()
+        model.layers = nn.ModuleList(Grows() for _ in range(3))
+        return model
+
+    cache = FrozenPrefixCache()
+    losses = [trained(make, lambda m, b, step: m(**b)["loss"], used, batches(), "head@0")[0] for used in (None, cache)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-10)
+    assert cache.active.off == "" and cache.stats.hits
+
+
+def test_ways_of_calling_have_an_end():
+    model = Plain()
+    unfreezer = Unfreezer(model, torch.optim.SGD(model.parameters(), lr=0.1), "head@0", cache="memory")
+    unfreezer.step(0)
+    with pytest.warns(UserWarning, match="called in more than 32 ways; such a forward runs in full"):
+        for number in range(40):
+            model(**batches()[0], skip=f"{number}")
+    unfreezer.close()
+
+
 def reads_the_padding(model, batch, step):
     found = model(**batch)
     return found.loss + found.logits.square().mean()
