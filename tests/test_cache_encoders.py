@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import EXAMPLES, tiny_bert
 from test_cache import SGD, both, by_hand, pad, ragged_data
-from test_cache_calls import EPOCH, SIZES, assert_alike, batches
+from test_cache_calls import EPOCH, SIZES, assert_alike, batches, evaluates
 from torch import nn
 from transformers import (
     BigBirdConfig,
@@ -21,6 +21,8 @@ from transformers import (
     LlamaModel,
     MPNetConfig,
     MPNetForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     Wav2Vec2Config,
     Wav2Vec2ForSequenceClassification,
     XmodConfig,
@@ -61,6 +63,19 @@ def test_a_family_that_asks_its_encoder_for_hidden_states_and_drops_them():
     data = [{"input_values": sound, "labels": batch["labels"]} for sound, batch in zip(sounds, batches(), strict=True)]
     cache = assert_alike(wav2vec2, data=data, schedule="head@0, block[-1]@0")
     assert cache.active.off == "" and cache.stats.hits == 2 * 4 * EPOCH
+
+
+def test_an_encoder_is_passed_over_in_evaluation_too():
+    """What the decoder returns of keys and values is no concern of the encoder's."""
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+
+    def t5():
+        config = T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0)
+        return T5ForConditionalGeneration(config).double()
+
+    data = [batch | {"labels": batch["input_ids"]} for batch in batches()]
+    cache = assert_alike(t5, evaluates, data, schedule="head@0, decoder.block[-1]@0")
+    assert cache.stats.hits == 3 * 2 * 4 * EPOCH - 4 * EPOCH - 4  # all but the first of each, and what is checked
 
 
 class OverLlama(nn.Module):
