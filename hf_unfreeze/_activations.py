@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ._exact import scales_by_length
+from ._exact import Attributes, scales_by_length
 from ._fingerprints import Fingerprints
 from ._keys import Batch, by_length, can_be_cut, read_batch, take
 from ._prefix import Prefix, Reached, Run
@@ -233,7 +233,7 @@ class Activations:
         hidden = run.captured.get(boundary)
         if run.problem or hidden is None or hidden.shape[:1] != (batch.size,) or hidden.dim() < 3:
             return  # which has a reason of its own
-        kept = random_state(self.prefix.device)
+        kept, attributes = random_state(self.prefix.device), Attributes(self.prefix.host.modules())
         if boundary > self._alone_to:
             self._ragged = None
             if not self._same_alone(boundary, batch, hidden, 0, 0, forward):
@@ -245,6 +245,7 @@ class Activations:
             self._ragged = cut and self._same_alone(boundary, batch, hidden, row, tokens, forward)
         self._alone_to = max(self._alone_to, 0 if run.crowded else boundary)
         run.ragged = bool(self._ragged)
+        attributes.restore()  # the model may read them after its blocks
         set_random_state(kept, self.prefix.device)
 
     def _same_alone(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,16 @@ from torch import nn
 
 from ._keys import Batch
 
-__all__ = ["Buffers", "detached", "gradient_source", "has_loss", "same_outputs", "scales_by_length", "unfit"]
+__all__ = [
+    "Attributes",
+    "Buffers",
+    "detached",
+    "gradient_source",
+    "has_loss",
+    "same_outputs",
+    "scales_by_length",
+    "unfit",
+]
 
 AUGMENTS = ("mask_time_prob", "mask_feature_prob")
 
@@ -63,6 +73,36 @@ class Buffers:
     def read(self) -> list[torch.Tensor]:
         """Return copies of what those have become that are read."""
         return [b.detach().clone() for owner in self._read for b in owner.values() if b is not None]
+
+
+class Attributes:
+    """What modules keep beside their parameters and buffers, as it is now."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._kept = [(vars(module), {**vars(module)}) for module in modules]
+
+    def restore(self) -> None:
+        """Put back what they kept."""
+        for now, before in self._kept:
+            now.clear()
+            now.update(before)
+
+    @contextlib.contextmanager
+    def unreadable(self) -> Iterator[None]:
+        """Put NaN or None for a while where they have kept other tensors since, so that whoever reads them shows it."""
+        new = [
+            (now, name, value)
+            for now, before in self._kept
+            for name, value in now.items()
+            if isinstance(value, torch.Tensor) and before.get(name) is not value
+        ]
+        for owner, name, value in new:
+            owner[name] = torch.full_like(value, torch.nan) if value.is_floating_point() else None
+        try:
+            yield
+        finally:
+            for owner, name, value in new:
+                owner[name] = value
 
 
 def gradient_source(hidden: torch.Tensor, model: nn.Module) -> str:

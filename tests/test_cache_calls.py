@@ -64,6 +64,15 @@ def assert_alike(make, loss=None, data=None, schedule="head@0", within=1e-10):
     return cache
 
 
+class Keeps(nn.TransformerEncoderLayer):
+    """Keeps a number beside what it returns, as layers of experts keep the loss that balances them."""
+
+    def forward(self, hidden):
+        output = super().forward(hidden)
+        self.aside = (output - hidden).square().mean(dim=(1, 2))
+        return output
+
+
 class Plain(nn.Module):
     """Embeddings, three blocks and a head; the root runs the blocks."""
 
@@ -72,7 +81,8 @@ class Plain(nn.Module):
         torch.manual_seed(0)
         self.kind = kind
         self.tokens, self.head = nn.Embedding(50, 16), nn.Linear(16, 3)
-        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(3))
+        block = Keeps if "aside" in kind else nn.TransformerEncoderLayer
+        self.layers = nn.ModuleList(block(16, 2, 32, 0.0, batch_first=True) for _ in range(3))
         self.teacher = nn.Parameter(torch.zeros(16), requires_grad=False)
         self.register_buffer("shift", torch.zeros(16))
         self.register_buffer("queue", torch.zeros(8, 16))
@@ -93,6 +103,8 @@ class Plain(nn.Module):
             hidden = hidden + self.teacher
         logits = self.head(hidden[:, 0])
         loss = nn.functional.cross_entropy(logits, labels) if labels is not None else logits.sum()
+        if self.kind == "reads what is kept aside":
+            loss = loss + 0.1 * sum(layer.aside.mean() for layer in self.layers)
         if self.kind.startswith("queue"):
             loss = loss + (logits[:, :1] * self.queue[:, 0].clone()).mean()
             with torch.no_grad():
@@ -160,6 +172,8 @@ def other_weights_for_a_call(model, batch, step):
         ("", runs_part_of_it_on_nothing, ""),
         ("", traces, ""),
         ("", other_weights_for_a_call, ""),
+        ("aside", None, ""),
+        ("reads what is kept aside", None, "something besides the blocks"),
         ("a momentum teacher", None, "writes into its parameters"),
         ("queue in place", None, ""),
         ("queue replaced", None, ""),
