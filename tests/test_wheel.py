@@ -32,7 +32,7 @@ def wheel(tmp_path_factory):
 
 
 def test_it_is_small_and_holds_every_module_and_no_page(wheel):
-    assert wheel.stat().st_size < 200_000
+    assert wheel.stat().st_size < 300_000  # code alone: a figure or a page would show
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.startswith("hf_unfreeze/")}
     files = {path.name for path in PACKAGE.iterdir() if path.is_file() and path.suffix != ".md"}
