@@ -175,8 +175,10 @@ class Activations:
         return frozenset(b for b in self.wanted | {boundary} if start < b <= boundary)
 
     def _run_to_stop(self, run: Run, forward: Forward, inputs: dict[str, Any]) -> None:
+        state = random_state(self.prefix.device)  # LayerDrop of transformers 4 draws for each block, at a rate of 0 too
         with torch.no_grad(), contextlib.suppress(Reached):
             self.run(run, forward, **inputs)
+        set_random_state(state, self.prefix.device)
 
     def _get(self, batch: Batch, members: Sequence[int], boundary: int) -> list[torch.Tensor | None]:
         salt = self.fingerprints.of(boundary, batch.salt)
