@@ -176,9 +176,11 @@ class Activations:
 
     def _run_to_stop(self, run: Run, forward: Forward, inputs: dict[str, Any]) -> None:
         state = random_state(self.prefix.device)  # LayerDrop of transformers 4 draws for each block, at a rate of 0 too
-        with torch.no_grad(), contextlib.suppress(Reached):
-            self.run(run, forward, **inputs)
-        set_random_state(state, self.prefix.device)
+        try:
+            with torch.no_grad(), contextlib.suppress(Reached):
+                self.run(run, forward, **inputs)
+        finally:
+            set_random_state(state, self.prefix.device)
 
     def _get(self, batch: Batch, members: Sequence[int], boundary: int) -> list[torch.Tensor | None]:
         salt = self.fingerprints.of(boundary, batch.salt)
@@ -235,7 +237,7 @@ class Activations:
         hidden = run.captured.get(boundary)
         if run.problem or hidden is None or hidden.shape[:1] != (batch.size,) or hidden.dim() < 3:
             return  # which has a reason of its own
-        kept, attributes = random_state(self.prefix.device), Attributes(self.prefix.host.modules())
+        attributes = Attributes(self.prefix.host.modules())
         if boundary > self._alone_to:
             self._ragged = None
             if not self._same_alone(boundary, batch, hidden, 0, 0, forward):
@@ -248,7 +250,6 @@ class Activations:
         self._alone_to = max(self._alone_to, 0 if run.crowded else boundary)
         run.ragged = bool(self._ragged)
         attributes.restore()  # the model may read them after its blocks
-        set_random_state(kept, self.prefix.device)
 
     def _same_alone(
         self, boundary: int, batch: Batch, hidden: torch.Tensor, row: int, tokens: int, forward: Forward

@@ -24,10 +24,10 @@ class Place(NamedTuple):
         return cls(name, model.get_submodule(path)._parameters, key)  # type: ignore[arg-type]
 
 
-def places_of(module: nn.Module, buffers_only: bool = False) -> list[Place]:
-    """Those of a module and what is inside it; of its buffers only, and nothing inside, where that is asked."""
+def places_of(module: nn.Module) -> list[Place]:
+    """Those of a module and what is inside it."""
     found = []
-    for path, part in [("", module)] if buffers_only else module.named_modules():
-        owners: tuple[Any, ...] = (part._buffers,) if buffers_only else (part._parameters, part._buffers)
+    for path, part in module.named_modules():
+        owners: tuple[Any, ...] = (part._parameters, part._buffers)
         found += [Place(f"{path}.{key}".lstrip("."), owner, key) for owner in owners for key in owner]
     return found

@@ -117,7 +117,7 @@ class Prefix:
         blocks = [places_of(block) for block in self.blocks]
         taken = {(id(place.owner), place.key) for block in blocks for place in block}
         own = (m for m in self.host.modules() if m is self.host or next(m.parameters(), None) is None)
-        tables = [place for module in own for place in places_of(module, buffers_only=True)]
+        tables = [Place(key, module._buffers, key) for module in own for key in module._buffers]
         inside = [place for module in self.stem for place in places_of(module)]
         stem = {(id(place.owner), place.key): place for place in (*self._loose, *inside, *tables)}
         return [[place for key, place in stem.items() if key not in taken], *blocks]

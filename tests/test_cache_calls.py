@@ -28,9 +28,10 @@ EPOCH = 6
 def batches(length: int | None = 8) -> list[dict]:
     """An epoch of texts, of one length or of many."""
     rows = ragged_data()[: 4 * EPOCH]
-    texts = [torch.arange(3, 3 + length) + index for index in range(len(rows))] if length else []
-    rows = [row | {"input_ids": ids % 50, "attention_mask": torch.ones_like(ids)}
-            for row, ids in zip(rows, texts, strict=True)] if length else rows  # fmt: skip
+    if length:
+        texts = [(torch.arange(3, 3 + length) + index) % 50 for index in range(len(rows))]
+        alike = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in texts]
+        rows = [row | text for row, text in zip(rows, alike, strict=True)]
     return [pad(rows[first : first + 4]) for first in range(0, len(rows), 4)]
 
 
