@@ -190,14 +190,14 @@ class Activations:
         """Put stored rows into one tensor on the device of the model, as long as the batch or as ``tokens``."""
         device, kept_on = self.prefix.device, rows[0].device
         tokens = tokens or (batch.tokens if batch.padded else rows[0].shape[0])
-        shape = (len(rows), tokens, *rows[0].shape[1:])
-        make = torch.zeros if any(row.shape[0] < tokens for row in rows) else torch.empty
+        short = [tokens - row.shape[0] for row in rows]
+        zeros = rows[0].new_zeros((max(short), *rows[0].shape[1:]))
+        pieces = [piece for row, count in zip(rows, short, strict=True) for piece in (row, zeros[:count])]
         pinned = kept_on.type == "cpu" and device.type == "cuda"
         dtype = rows[0].dtype if self.dtype is None else self._computed_in
-        there = make(shape, dtype=dtype, device=kept_on, pin_memory=pinned)
-        for place, row in zip(there, rows, strict=True):
-            place[: row.shape[0]] = row
-        return there.to(device, non_blocking=True)
+        there = torch.empty((len(rows) * tokens, *rows[0].shape[1:]), dtype=dtype, device=kept_on, pin_memory=pinned)
+        torch.cat(pieces, out=there)  # at once: a copy for each row would be a launch for each on a GPU
+        return there.reshape(len(rows), tokens, *rows[0].shape[1:]).to(device, non_blocking=True)
 
     def _check_one(
         self, batch: Batch, places: list[int], rows: list[torch.Tensor], boundary: int, forward: Forward
