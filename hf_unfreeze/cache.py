@@ -155,7 +155,7 @@ def recommended(
 ) -> tuple[str | Schedule, str | FrozenPrefixCache | None]:
     """Return both as given; where there is no schedule, the recommended one, and on a CPU the cache in memory with it.
 
-    A GPU computes the frozen blocks of a model of ordinary size as fast as it is fed with what they gave before.
+    Whether a GPU has room for a cache, or gains from one in main memory, is not known before it trains.
     """
     if schedule is not None:
         return schedule, cache

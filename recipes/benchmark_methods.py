@@ -85,11 +85,12 @@ class Clock(TrainerCallback):
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         forget_peak()
-        self._start = time.perf_counter(), time.process_time()
+        self._start = now()
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.wall.append(time.perf_counter() - self._start[0])
-        self.cpu.append(time.process_time() - self._start[1])
+        wall, cpu = now()
+        self.wall.append(wall - self._start[0])
+        self.cpu.append(cpu - self._start[1])
         self.memory.append(peak())
         self.open.append(statistics.mean(any(p.requires_grad for p in block) for block in self.blocks))
 
@@ -98,6 +99,13 @@ class Clock(TrainerCallback):
         named = dict(model.named_parameters())
         groups = [group for group in layer_groups(model) if "block[" in group.name]
         self.blocks = [[named[name] for name in group.parameter_names] for group in groups]
+
+
+def now() -> tuple[float, float]:
+    """Return the seconds of the wall and of all processors, once a GPU has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter(), time.process_time()
 
 
 def forget_peak() -> None:

@@ -22,7 +22,8 @@ ALONE = 2  # of the first batch one example without the others, one without its 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """Parts and windows of a size that shows with 28 examples."""
-    monkeypatch.setattr("hf_unfreeze._activations.PART_COST", 4)
+    for name in ("PART_COST", "PART_COST_ELSEWHERE"):
+        monkeypatch.setattr(f"hf_unfreeze._activations.{name}", 4)
     monkeypatch.setattr("hf_unfreeze._ahead.WINDOW", 12)
 
 

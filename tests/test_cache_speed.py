@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import cache_speed
+import gpu_speed
 import pytest
 
 pytestmark = [
@@ -34,3 +35,16 @@ def test_cache_speed_on_a_few_examples(tmp_path, monkeypatch, capsys):
     assert [trial["loss"] for trial in cached] == pytest.approx([trial["loss"] for trial in plain])
     shown = capsys.readouterr().out
     assert "full fine-tuning" in shown and "2 trials that share a store" in shown
+
+
+def test_gpu_speed_without_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    gpu_speed.main(["--sizes", "tiny", "--repeats", "1", "--steps", "2"])
+    ways = json.loads(Path("gpu_speed.json").read_text())["sizes"]["tiny"]
+    assert set(ways) == set(gpu_speed.WAYS) and not any(run["off"] for runs in ways.values() for run in runs)
+    for part in ("upper half", "head"):
+        losses = {ways[f"{part}{cache}"][0]["loss"] for cache in ("", ", memory", ", device")}
+        assert len(losses) == 1, "the cache does not change what is computed"
+    assert "tiny" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is not among"):
+        gpu_speed.main(["--sizes", "huge"])

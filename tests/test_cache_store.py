@@ -276,7 +276,7 @@ def test_arguments(tmp_path, monkeypatch):
 @pytest.mark.parametrize("callback", [UnfreezeCallback, lambda: UnfreezeCallback.from_arguments(UnfreezeArguments())])
 def test_without_a_schedule_the_upper_part_trains_over_a_cache(make_trainer, monkeypatch, callback):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    trainer = make_trainer(callback(), num_train_epochs=2)
+    trainer = make_trainer(callback(), num_train_epochs=2, dataloader_pin_memory=False)
     trainer.train()
     (phase,) = [record for record in trainer.state.log_history if "unfreeze/phase" in record]
     assert phase["unfreeze/trainable"] == "block[2:4], head"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import hashes, tiny_bert, tiny_data
+from test_cache import assert_close_weights
 from torch import _dynamo as dynamo
 
 from hf_unfreeze import UnfreezeCallback, Unfreezer
@@ -34,8 +35,8 @@ def bert(blocks):
     return tiny_bert(num_hidden_layers=blocks, problem_type="single_label_classification")  # else set in the forward
 
 
-def run(make_trainer, blocks, schedule, **arguments):
-    trainer = make_trainer(UnfreezeCallback(schedule, layer_decay=0.9), model=bert(blocks), **arguments)
+def run(make_trainer, blocks, schedule, dtype=torch.float32, **arguments):
+    trainer = make_trainer(UnfreezeCallback(schedule, layer_decay=0.9), model=bert(blocks).to(dtype), **arguments)
     trainer.train()
     return trainer
 
@@ -73,10 +74,10 @@ def test_a_second_run_and_another_model_have_room(make_trainer):
 def test_gradient_checkpointing_under_compile(make_trainer):
     arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     schedule = "head@0, block[-1]@2step, all@4step"
-    plain = run(make_trainer, 2, schedule)
-    both = run(make_trainer, 2, schedule, **compiled("aot_eager"), **arguments)
+    plain = run(make_trainer, 2, schedule, torch.float64)
+    both = run(make_trainer, 2, schedule, torch.float64, **compiled("aot_eager"), **arguments)
     assert graphs() == 3
-    assert hashes(both.model) == hashes(plain.model)
+    assert_close_weights(plain, both)  # this backend takes some kernels of a GPU apart
 
 
 @pytest.mark.slow

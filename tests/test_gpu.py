@@ -46,7 +46,8 @@ def test_a_run_resumes_in_the_same_bits(make_trainer, tmp_path, arguments, optio
 
 def test_the_cache_changes_no_bit(make_trainer, precision):
     plain, cached, cache = both(make_trainer, DOWN, num_train_epochs=4, eval_strategy="epoch", **precision)
-    assert cache.active.off == "" and cache.stats.hits == 3 * cache.stats.misses
+    checked = 2 * (cached.args.train_batch_size + cached.args.eval_batch_size)  # in full, when the boundary has moved
+    assert cache.active.off == "" and cache.stats.hits == 3 * cache.stats.misses - checked
     assert losses(plain) == losses(cached)
     assert hashes(plain.model) == hashes(cached.model)
 
@@ -54,7 +55,8 @@ def test_the_cache_changes_no_bit(make_trainer, precision):
 def test_a_store_on_the_card_changes_no_bit(make_trainer, precision):
     cache = FrozenPrefixCache("device")
     plain, cached, cache = both(make_trainer, DOWN, cache=cache, num_train_epochs=4, **precision)
-    assert cache.active.off == "" and cache.stats.hits == 3 * cache.stats.misses
+    checked = 2 * cached.args.train_batch_size
+    assert cache.active.off == "" and cache.stats.hits == 3 * cache.stats.misses - checked
     assert {row.device.type for row in cache.store._rows.values()} == {"cuda"}
     assert losses(plain) == losses(cached)
     assert hashes(plain.model) == hashes(cached.model)
