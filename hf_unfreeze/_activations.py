@@ -202,12 +202,13 @@ class Activations:
     def _check_one(
         self, batch: Batch, places: list[int], rows: list[torch.Tensor], boundary: int, forward: Forward
     ) -> None:
-        """Compute one of many found examples again, alone."""
+        """Compute one of many found examples again, alone and without its padding."""
         if self.stats.hits < self._next_check or not rows:
             return
         self._next_check = self.stats.hits + CHECK_EVERY
-        chosen = self.stats.hits % len(rows)
-        self._compare(boundary, rows[chosen], self._alone(boundary, batch, places[chosen], forward))
+        chosen = self.stats.hits // CHECK_EVERY % len(rows)
+        tokens = max(batch.lengths[places[chosen]], 1) if can_be_cut(batch) else 0
+        self._compare(boundary, rows[chosen], self._alone(boundary, batch, places[chosen], forward, tokens))
 
     def _compare(self, boundary: int, stored: torch.Tensor, again: torch.Tensor) -> None:
         difference, allowed = self._off(stored, again)

@@ -87,10 +87,8 @@ def read_batch(inputs: dict[str, Any], ragged: bool) -> Batch:
     size, device = main.shape[0], main.device
     mask = tensors.get("attention_mask")
     tokens = mask.shape[1] if mask is not None and mask.dim() == 2 and mask.shape[0] == size else 0
-    lengths = torch.full((size,), tokens, device=device)
-    kept: torch.Tensor | None = None
-    if mask is not None and tokens and ragged:
-        lengths, kept = _lengths(mask)
+    cut = mask if ragged and tokens else None
+    lengths = torch.full((size,), tokens, device=device) if cut is None else _lengths(cut)
     described = [*plain]
     parts = []
     for name, tensor in tensors.items():
@@ -98,7 +96,7 @@ def read_batch(inputs: dict[str, Any], ragged: bool) -> Batch:
         parts.append(_Part(tensor if tensor.dim() and tensor.shape[0] in (1, size) else tensor.reshape(1, -1), along))
         described.append(f"{name}:{tensor.dtype}:{tuple(tensor.shape[2 if along else 1 :])}")
     # hashed where they are: a copy of every input to the host would stall a GPU
-    keys, counts = (_host_keys if device.type == "cpu" else _device_keys)(parts, lengths, kept)
+    keys, counts = (_host_keys if device.type == "cpu" else _device_keys)(parts, lengths, 0 if cut is None else tokens)
     return Batch(inputs, size, keys, counts, tokens, " ".join(described))
 
 
@@ -112,20 +110,21 @@ class _Part(NamedTuple):
 Keys = tuple[list[bytes], list[int]]
 
 
-def _host_keys(parts: Sequence[_Part], lengths: torch.Tensor, kept: torch.Tensor | None) -> Keys:
+def _host_keys(parts: Sequence[_Part], lengths: torch.Tensor, tokens: int) -> Keys:
     counts = lengths.tolist()
     digests = [hashlib.blake2b(count.to_bytes(8, "little"), digest_size=16) for count in counts]
     for rows, along in parts:
         table = rows.detach().reshape(len(rows), -1).contiguous().view(torch.uint8).numpy()
-        width = table.shape[1] // rows.shape[1] if along and kept is not None else 0  # bytes of a token
+        width = table.shape[1] // tokens if along and tokens else 0  # bytes of a token
         for index, (digest, count) in enumerate(zip(digests, counts, strict=True)):
             row = table[index if len(table) > 1 else 0]
             digest.update(row[: count * width] if width else row)
     return [digest.digest() for digest in digests], counts
 
 
-def _device_keys(parts: Sequence[_Part], lengths: torch.Tensor, kept: torch.Tensor | None) -> Keys:
+def _device_keys(parts: Sequence[_Part], lengths: torch.Tensor, tokens: int) -> Keys:
     """Two words of 64 bits for each example, and one copy to the host for the whole batch."""
+    kept = torch.arange(tokens, device=lengths.device) < lengths[:, None] if tokens else None
     state = _mix(torch.stack((lengths, lengths + FACTOR), dim=1))
     for rows, along in parts:
         state = _mix(state * FACTOR + _hash_rows(_words(rows), kept if along else None))
@@ -228,13 +227,11 @@ def _given(value: Any) -> bool:
     return value is not None
 
 
-def _lengths(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens up to the padding on the right, and which positions they are; a row padded otherwise is kept whole."""
-    places = torch.arange(mask.shape[1], device=mask.device)
-    count = (mask != 0).sum(dim=1)
-    right = ((mask != 0) == (places < count[:, None])).all(dim=1) & (count > 0)
-    lengths = torch.where(right, count, mask.shape[1])
-    return lengths, places < lengths[:, None]
+def _lengths(mask: torch.Tensor) -> torch.Tensor:
+    """Tokens up to the padding on the right; a row padded otherwise is kept whole."""
+    seen = mask != 0
+    right = (seen[:, 1:] <= seen[:, :-1]).all(dim=1) & seen[:, 0]
+    return torch.where(right, seen.sum(dim=1), mask.shape[1])
 
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:

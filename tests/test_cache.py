@@ -201,6 +201,22 @@ def test_padding_is_left_out_where_the_frozen_blocks_run(monkeypatch):
     assert (computed[3], computed[4]) == (lengths[2][0], 0)
 
 
+def test_an_example_that_is_computed_again_is_computed_without_its_padding(monkeypatch):
+    monkeypatch.setattr("hf_unfreeze._activations.CHECK_EVERY", 7)
+    model, seen = tiny_bert().double(), []
+    tell_inputs(model.bert.encoder.layer[0].intermediate, lambda hidden: seen.append(tuple(hidden.shape[:2])))
+    unfreezer = Unfreezer(model, torch.optim.SGD(model.parameters(), lr=0.1), "head@0", cache="memory")
+    unfreezer.step(0)
+    batch = pad(ragged_data()[:7])
+    model(**batch)
+    seen.clear()
+    for _ in range(7):
+        model(**batch)
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    assert sorted(seen) == sorted((1, length) for length in lengths), "another of the batch each time"
+    unfreezer.close()
+
+
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=7), st.integers(0, 40))
 def test_no_other_parts_would_cost_less(lengths, part_cost):
     def cost(parts):
