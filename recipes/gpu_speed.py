@@ -88,6 +88,7 @@ def towers(width: int, layers: int, heads: int, bins: int) -> dict[str, int]:
 
 
 TEXT, PIXELS, SPEECH = "BertForSequenceClassification", "ViTForImageClassification", "WhisperForConditionalGeneration"
+LLAMA = {**widths(2048, 16, 32), "intermediate_size": 5632, "num_key_value_heads": 8}
 SIZES = {
     "tiny": Size("bert", TEXT, widths(32, 4, 2), text(16), batch=4),
     "BERT base": Size("bert", TEXT, widths(768, 12, 12), text(128)),
@@ -96,7 +97,7 @@ SIZES = {
     "ViT large": Size("vit", PIXELS, widths(1024, 24, 16), image),
     "Whisper small": Size("whisper", SPEECH, towers(768, 12, 12, 80), sound(80)),
     "Whisper large": Size("whisper", SPEECH, towers(1280, 32, 20, 128), sound(128), batch=8),
-    "Llama 1B": Size("llama", "LlamaForCausalLM", widths(2048, 16, 32), stream(512), batch=8),
+    "Llama 0.9B": Size("llama", "LlamaForCausalLM", LLAMA, stream(512), batch=8),
 }
 WAYS: dict[str, dict[str, Any] | None] = {  # options of UnfreezeCallback
     "all": None,
