@@ -15,17 +15,19 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from benchmark_methods import Clock, by_hand
+from benchmark_methods import Clock, Method, by_hand, trainer_of
+from benchmark_tasks import Task
 from common import parse, run
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, PrinterCallback, Trainer, TrainingArguments, default_data_collator
+from transformers import AutoConfig, default_data_collator
 
 from hf_unfreeze import UnfreezeCallback
 
@@ -88,6 +90,7 @@ def towers(width: int, layers: int, heads: int, bins: int) -> dict[str, int]:
 
 
 TEXT, PIXELS, SPEECH = "BertForSequenceClassification", "ViTForImageClassification", "WhisperForConditionalGeneration"
+RATE = 5e-5
 LLAMA = {**widths(2048, 16, 32), "intermediate_size": 5632, "num_key_value_heads": 8}
 SIZES = {
     "tiny": Size("bert", TEXT, widths(32, 4, 2), text(16), batch=4),
@@ -99,56 +102,43 @@ SIZES = {
     "Whisper large": Size("whisper", SPEECH, towers(1280, 32, 20, 128), sound(128), batch=8),
     "Llama 0.9B": Size("llama", "LlamaForCausalLM", LLAMA, stream(512), batch=8),
 }
-WAYS: dict[str, dict[str, Any] | None] = {  # options of UnfreezeCallback
-    "all": None,
-    "upper half, by hand": None,
-    "upper half": {"schedule": "top(0.5)"},
-    "upper half, memory": {"schedule": "top(0.5)", "cache": "memory"},
-    "upper half, device": {"schedule": "top(0.5)", "cache": "device"},
-    "head": {"schedule": "head@0"},
-    "head, memory": {"schedule": "head@0", "cache": "memory"},
-    "head, device": {"schedule": "head@0", "cache": "device"},
-}
+METHODS = [Method("all", ()), Method("upper half, by hand", (), None, by_hand)]
+for name, schedule in {"upper half": "top(0.5)", "head": "head@0"}.items():
+    METHODS.append(Method(name, (), {"schedule": schedule}))
+    METHODS += [
+        Method(f"{name}, {store}", (), {"schedule": schedule, "cache": store}) for store in ("memory", "device")
+    ]
 
 
 def build(size: Size) -> nn.Module:
     """Make the model where it will train."""
     config = AutoConfig.for_model(size.kind, **size.options)
-    torch.manual_seed(0)
     with torch.device(torch.accelerator.current_accelerator() or "cpu"):
         model: nn.Module = getattr(transformers, size.head)(config)
     return model
 
 
-def measure(size: Size, way: str, data: list[dict[str, Any]], speed: SpeedArguments) -> dict[str, Any]:
-    """Train once in a way."""
+def task_of(size: Size, data: list[dict[str, Any]], pinned: bool) -> Task:
+    """What a model is trained on; nothing is asked of how well."""
+    arguments = {
+        "per_device_train_batch_size": size.batch,
+        "bf16": torch.cuda.is_available(),
+        "optim": "adamw_torch_fused",
+        "lr_scheduler_type": "constant",
+        "dataloader_pin_memory": pinned,
+        "logging_strategy": "no",
+    }
+    splits = {"train": data, "validation": None}
+    return Task("loss", -1, (), splits, partial(build, size), default_data_collator, None, arguments)
+
+
+def measure(task: Task, method: Method, epochs: int) -> dict[str, Any]:
+    """Train once by a method."""
     gc.collect()
     clock = Clock()
-    model = build(size)
-    clock.follow(model)
-    options = WAYS[way]
-    ours = [UnfreezeCallback(**options)] if options else []
-    trainer = Trainer(
-        model=by_hand(model) if way.endswith("by hand") else model,
-        args=TrainingArguments(
-            output_dir="runs/gpu_speed",
-            per_device_train_batch_size=size.batch,
-            num_train_epochs=speed.epochs,
-            bf16=torch.cuda.is_available(),
-            optim="adamw_torch_fused",
-            lr_scheduler_type="constant",
-            dataloader_pin_memory=torch.accelerator.is_available() and speed.examples == "host",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        data_collator=default_data_collator,
-        train_dataset=data,
-        callbacks=[*ours, clock],
-    )
-    trainer.remove_callback(PrinterCallback)
+    trainer = trainer_of(task, method, RATE, 0, clock, output_dir="runs/gpu_speed", num_train_epochs=epochs)
     loss = trainer.train().training_loss
+    ours = [each for each in trainer.callback_handler.callbacks if isinstance(each, UnfreezeCallback)]
     off = "".join(callback.cache.active.off for callback in ours if callback.cache)
     return {"loss": loss, "seconds": clock.wall, "bytes": max(clock.memory), "off": off}
 
@@ -156,7 +146,7 @@ def measure(size: Size, way: str, data: list[dict[str, Any]], speed: SpeedArgume
 def table(results: dict[str, dict[str, list[dict[str, Any]]]], steps: int) -> Table:
     """Lay out milliseconds of a step once the cache is full, and the peak of memory."""
     shown = Table(title="Milliseconds of a step, GiB at most")
-    for column in ("", *WAYS):
+    for column in ("", *(method.name for method in METHODS)):
         shown.add_column(column)
     for name, ways in results.items():
         cells = []
@@ -183,10 +173,11 @@ def main(arguments: list[str] | None = None) -> None:
             device = torch.accelerator.current_accelerator()
             moved = ({key: value.to(device) for key, value in row.items() if _is_large(value)} for row in data)
             data = [row | there for row, there in zip(data, moved, strict=True)]
-        results[name] = {way: [] for way in WAYS}
+        task = task_of(size, data, torch.accelerator.is_available() and speed.examples == "host")
+        results[name] = {method.name: [] for method in METHODS}
         for _ in range(speed.repeats):
-            for way, runs in results[name].items():
-                runs.append(measure(size, way, data, speed))
+            for method in METHODS:
+                results[name][method.name].append(measure(task, method, speed.epochs))
         numbers = {
             "torch": torch.__version__,
             "transformers": transformers.__version__,

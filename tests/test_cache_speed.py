@@ -41,7 +41,9 @@ def test_gpu_speed_without_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     gpu_speed.main(["--sizes", "tiny", "--repeats", "1", "--steps", "2"])
     ways = json.loads(Path("gpu_speed.json").read_text())["sizes"]["tiny"]
-    assert set(ways) == set(gpu_speed.WAYS) and not any(run["off"] for runs in ways.values() for run in runs)
+    assert set(ways) == {method.name for method in gpu_speed.METHODS} and not any(
+        run["off"] for runs in ways.values() for run in runs
+    )
     for part in ("upper half", "head"):
         losses = {ways[f"{part}{cache}"][0]["loss"] for cache in ("", ", memory", ", device")}
         assert len(losses) == 1, "the cache does not change what is computed"
