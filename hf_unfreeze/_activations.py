@@ -131,13 +131,13 @@ class Activations:
         """Store what a run has captured, an example at a time and without its padding."""
         for boundary, hidden in captured.items():
             self._computed_in = hidden.dtype
-            device = hidden.device if self.store.beside_model else "cpu"
-            there = hidden.detach().to(device, self.dtype or hidden.dtype)
+            device = hidden.device if self.store.takes(hidden) else "cpu"
+            rows = hidden.detach().to(device, self.dtype or hidden.dtype).unbind()
+            if batch.padded:
+                rows = tuple(row[: batch.lengths[member]] for member, row in zip(members, rows, strict=True))
             salt = self.fingerprints.of(boundary, batch.salt)
-            rows = zip(members, there, strict=True)
-            kept = [(row[: batch.lengths[member]] if batch.padded else row).clone() for member, row in rows]
-            self.store.put((salt + batch.keys[member], row) for member, row in zip(members, kept, strict=True))
-            self.written += sum(row.nbytes for row in kept)
+            self.store.put((salt + batch.keys[member], row) for member, row in zip(members, rows, strict=True))
+            self.written += sum(row.nbytes for row in rows)
 
     def _compute(
         self, boundary: int, batch: Batch, missing: list[int], forward: Forward, most: int
@@ -190,14 +190,20 @@ class Activations:
         """Put stored rows into one tensor on the device of the model, as long as the batch or as ``tokens``."""
         device, kept_on = self.prefix.device, rows[0].device
         tokens = tokens or (batch.tokens if batch.padded else rows[0].shape[0])
+        shape = (len(rows), tokens, *rows[0].shape[1:])
+        dtype = rows[0].dtype if self.dtype is None else self._computed_in
+        if kept_on != device and rows[0].is_pinned():  # read by the GPU itself, while the host goes on
+            there = torch.zeros(shape, dtype=dtype, device=device)
+            for place, row in zip(there, rows, strict=True):
+                place[: len(row)].copy_(row, non_blocking=True)
+            return there
         short = [tokens - row.shape[0] for row in rows]
         zeros = rows[0].new_zeros((max(short), *rows[0].shape[1:]))
         pieces = [piece for row, count in zip(rows, short, strict=True) for piece in (row, zeros[:count])]
         pinned = kept_on.type == "cpu" and device.type == "cuda"
-        dtype = rows[0].dtype if self.dtype is None else self._computed_in
-        there = torch.empty((len(rows) * tokens, *rows[0].shape[1:]), dtype=dtype, device=kept_on, pin_memory=pinned)
+        there = torch.empty((len(rows) * tokens, *shape[2:]), dtype=dtype, device=kept_on, pin_memory=pinned)
         torch.cat(pieces, out=there)  # at once: a copy for each row would be a launch for each on a GPU
-        return there.reshape(len(rows), tokens, *rows[0].shape[1:]).to(device, non_blocking=True)
+        return there.reshape(shape).to(device, non_blocking=True)
 
     def _check_one(
         self, batch: Batch, places: list[int], rows: list[torch.Tensor], boundary: int, forward: Forward

@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from ._slabs import SIZE, Slab
 from .errors import UnfreezeError
 
 __all__ = ["DiskStore", "MemoryStore", "Store", "free_memory"]
@@ -42,9 +43,13 @@ class Store(Protocol):
     def max_bytes(self) -> int:
         """Most bytes to keep."""
 
-    @property
-    def beside_model(self) -> bool:
-        """Whether activations stay on the device that computed them."""
+    def takes(self, activations: torch.Tensor) -> bool:
+        """Whether these may come from the device that computed them."""
+
+
+def of_gpu(activations: torch.Tensor) -> bool:
+    """Whether a GPU has computed these."""
+    return activations.is_cuda
 
 
 def free_memory(device: torch.device | None = None) -> int:
@@ -65,11 +70,16 @@ def free_memory(device: torch.device | None = None) -> int:
 
 
 class MemoryStore:
-    """Keeps the most recently used activations, up to ``max_bytes``, in main memory or beside the model."""
+    """Keeps the most recently used activations, up to ``max_bytes``, in main memory or beside the model.
+
+    Those of a GPU lie together in slabs of main memory, and those of a slab go together.
+    """
 
     def __init__(self, max_bytes: int, beside_model: bool = False) -> None:
         self.max_bytes, self.beside_model = max_bytes, beside_model
         self._rows: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._slabs: dict[bytes, Slab] = {}  # in which rows of a GPU lie
+        self._filling: Slab | None = None
         self._nbytes = 0
 
     @property
@@ -85,16 +95,39 @@ class MemoryStore:
                 self._rows.move_to_end(key)
         return found
 
+    def takes(self, activations: torch.Tensor) -> bool:
+        """Whether these may come from the device that computed them."""
+        return self.beside_model or of_gpu(activations)
+
     def put(self, items: Iterable[tuple[bytes, torch.Tensor]]) -> None:
         """Keep these; the least recently used go."""
         for key, row in items:
-            if row.nbytes > self.max_bytes:
-                continue
-            old = self._rows.pop(key, None)
-            self._nbytes += row.nbytes - (old.nbytes if old is not None else 0)
-            self._rows[key] = row
+            if key in self._rows:
+                self._rows.move_to_end(key)
+            elif row.nbytes <= self.max_bytes:
+                if of_gpu(row) and not self.beside_model:
+                    self._put_in_slab(key, row)
+                else:
+                    self._rows[key] = row.clone()
+                    self._nbytes += row.nbytes
         while self._nbytes > self.max_bytes:
-            self._nbytes -= self._rows.popitem(last=False)[1].nbytes
+            self._drop_oldest()
+
+    def _put_in_slab(self, key: bytes, row: torch.Tensor) -> None:
+        if self._filling is None or not self._filling.fits(row):
+            self._filling = Slab(max(row.nbytes, min(SIZE, self.max_bytes // 8)), page_locked=row.is_cuda)
+            self._nbytes += self._filling.nbytes
+        self._rows[key], self._slabs[key] = self._filling.put(key, row), self._filling
+
+    def _drop_oldest(self) -> None:
+        key, row = self._rows.popitem(last=False)
+        slab = self._slabs.get(key)
+        self._nbytes -= row.nbytes if slab is None else slab.nbytes
+        for key in slab.keys if slab is not None else ():
+            self._rows.pop(key, None)
+            del self._slabs[key]
+        if slab is self._filling:
+            self._filling = None
 
 
 class DiskStore:
@@ -102,8 +135,6 @@ class DiskStore:
 
     A full disk or a full file only ends the writing; a file that cannot be read is begun again.
     """
-
-    beside_model = False
 
     def __init__(self, folder: str | Path, max_bytes: int | None = None) -> None:
         try:
@@ -142,6 +173,10 @@ class DiskStore:
         except self._error as error:
             self._stop(error)
             return [None] * len(keys)
+
+    def takes(self, activations: torch.Tensor) -> bool:
+        """Whether these may come from the device that computed them."""
+        return False
 
     def put(self, items: Iterable[tuple[bytes, torch.Tensor]]) -> None:
         """Keep these, until the file or the disk is full."""

@@ -155,7 +155,7 @@ def recommended(
 ) -> tuple[str | Schedule, str | FrozenPrefixCache | None]:
     """Return both as given; where there is no schedule, the recommended one, and on a CPU the cache in memory with it.
 
-    Whether a GPU has room for a cache, or gains from one in main memory, is not known before it trains.
+    On a GPU, where to fill it costs most of what an epoch saves, whether the data fits is not known beforehand.
     """
     if schedule is not None:
         return schedule, cache

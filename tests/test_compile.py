@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICE, hashes, tiny_bert, tiny_data
-from test_cache import assert_close_weights
 from torch import _dynamo as dynamo
 
 from hf_unfreeze import UnfreezeCallback, Unfreezer
@@ -31,12 +30,14 @@ def graphs():
     return dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def bert(blocks):
-    return tiny_bert(num_hidden_layers=blocks, problem_type="single_label_classification")  # else set in the forward
+def bert(blocks, **config):
+    kind = {"problem_type": "single_label_classification"}  # else set in the forward
+    return tiny_bert(num_hidden_layers=blocks, **kind, **config)
 
 
-def run(make_trainer, blocks, schedule, dtype=torch.float32, **arguments):
-    trainer = make_trainer(UnfreezeCallback(schedule, layer_decay=0.9), model=bert(blocks).to(dtype), **arguments)
+def run(make_trainer, blocks, schedule, model=None, **arguments):
+    callback = UnfreezeCallback(schedule, layer_decay=0.9)
+    trainer = make_trainer(callback, model=model or bert(blocks), **arguments)
     trainer.train()
     return trainer
 
@@ -73,13 +74,13 @@ def test_a_second_run_and_another_model_have_room(make_trainer):
 @pytest.mark.slow
 def test_gradient_checkpointing_under_compile(make_trainer):
     arguments = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    schedule = "head@0, block[-1]@2step, all@4step"
-    plain = run(make_trainer, 2, schedule, torch.float64)
-    both = run(make_trainer, 2, schedule, torch.float64, **compiled("aot_eager"), **arguments)
+    schedule, dropout = "head@0, block[-1]@2step, all@4step", {}
+    if DEVICE == "cuda":  # a compiled block that is computed again draws other masks there, without callback too
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    plain = run(make_trainer, 2, schedule, bert(2, **dropout).double())
+    both = run(make_trainer, 2, schedule, bert(2, **dropout).double(), **compiled("aot_eager"), **arguments)
     assert graphs() == 3
-    if DEVICE == "cpu":
-        assert hashes(both.model) == hashes(plain.model)
-    assert_close_weights(plain, both)  # this backend takes some kernels of a GPU apart
+    assert hashes(both.model) == hashes(plain.model)
 
 
 @pytest.mark.slow
