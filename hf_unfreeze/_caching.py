@@ -20,14 +20,13 @@ from ._keys import ASKS_FOR_MORE, PAST, Batch, Unkeyed, is_cache, pasts_of
 from ._prefix import Reached, Run
 from ._prefixes import find_prefixes
 from ._shadow import Shadow, random_state, set_random_state
-from ._stacks import SPLIT, Called, Stack, Trust, Watched, is_padded, problem_of, replay_of, ways
+from ._stacks import SPLIT, Called, Stack, Trust, Watched, problem_of, replay_of, ways
 from ._store import Store
 from .errors import UnfreezeError
 from .schedule import Phase
 
 __all__ = ["Caching"]
 
-PATIENCE = 3  # forwards that do not come by a stack before its check is given up
 WAYS = 32  # of calling a model that are checked at a boundary
 
 
@@ -152,17 +151,9 @@ class Caching:
 
     def _due(self, called: Called, kwargs: dict[str, Any]) -> bool:
         for stack in self._stacks:
-            if not stack.boundary:
-                continue
-            if called not in stack.trust and len(stack.trust) >= WAYS:
+            if stack.boundary and called not in stack.trust and len(stack.trust) >= WAYS:
                 self._say(f"the model is called in more than {WAYS} ways; such a forward runs in full")
-                continue
-            trust = stack.trusted(called)
-            if trust.missed >= PATIENCE:
-                continue
-            if trust.boundary < stack.boundary:
-                return True
-            if trust.ragged is None and not called.name and is_padded(kwargs):
+            elif stack.due(called, kwargs):
                 return True
         return False
 
@@ -201,7 +192,7 @@ class Caching:
             if reason:
                 self._switch_off(stack, reason)
             else:
-                self._accept(stack, stack.trusted(called), calls, ragged)
+                stack.accept(called, calls, ragged)
         if not reason and not (any(stack.trusted(called).generates for stack in watched) and not called.training):
             self._replay = replay_of(watched, ragged)
         return call()
@@ -230,16 +221,6 @@ class Caching:
         if same_outputs(expected[0], actual[0], excused) and same_outputs(expected[1], actual[1], None):
             return ""
         return "something besides the blocks above them reads what the frozen blocks compute"
-
-    def _accept(self, stack: Stack, trust: Trust, calls: list[tuple[Batch, Run]], ragged: bool) -> None:
-        trust.boundary = max(stack.boundary, trust.boundary)
-        for batch, run in calls:
-            if batch.padded:
-                trust.ragged = ragged
-                if not ragged:
-                    batch = stack.activations.read(batch.inputs, False)
-            if run.start < stack.boundary:
-                stack.activations.accept(stack.boundary, batch, run.captured)
 
     def _first(self, call: Forward) -> Any:
         """Run the first forward of a phase: code between the blocks may draw random numbers in its new modes."""

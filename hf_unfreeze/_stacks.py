@@ -14,8 +14,9 @@ from ._exact import gradient_source
 from ._keys import Batch
 from ._prefix import Prefix, Run
 
-__all__ = ["SPLIT", "Called", "Stack", "Trust", "Watched", "is_padded", "problem_of", "replay_of", "ways"]
+__all__ = ["SPLIT", "Called", "Stack", "Trust", "Watched", "problem_of", "replay_of", "ways"]
 
+PATIENCE = 3  # forwards that do not come by a stack before its check is given up
 SPLIT = "the blocks hand on more than one tensor, and not all of them are frozen"
 
 
@@ -61,6 +62,27 @@ class Stack:
         """Return what is known of a way of calling."""
         return self.trust.setdefault(called, Trust())
 
+    def due(self, called: Called, kwargs: dict[str, Any]) -> bool:
+        """Whether a way of calling is still to be checked, up to the present boundary or with padding."""
+        if not self.boundary:
+            return False
+        trust = self.trusted(called)
+        if trust.missed >= PATIENCE:
+            return False
+        return trust.boundary < self.boundary or (trust.ragged is None and not called.name and _is_padded(kwargs))
+
+    def accept(self, called: Called, calls: list[tuple[Batch, Run]], ragged: bool) -> None:
+        """Trust a way of calling from now on, and keep what its check has computed."""
+        trust = self.trusted(called)
+        trust.boundary = max(self.boundary, trust.boundary)
+        for batch, run in calls:
+            if batch.padded:
+                trust.ragged = ragged
+                if not ragged:
+                    batch = self.activations.read(batch.inputs, False)
+            if run.start < self.boundary:
+                self.activations.accept(self.boundary, batch, run.captured)
+
 
 Watched = dict[Stack, list[tuple[Batch, Run]]]
 
@@ -103,7 +125,7 @@ def replay_of(watched: Watched, ragged: bool) -> dict[Stack, Iterator[torch.Tens
     return replay
 
 
-def is_padded(kwargs: dict[str, Any]) -> bool:
+def _is_padded(kwargs: dict[str, Any]) -> bool:
     """Tell whether a call has a mask that leaves out a token."""
     mask = kwargs.get("attention_mask")
     return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool((mask != 0).all())
