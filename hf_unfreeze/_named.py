@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -17,6 +18,8 @@ __all__ = ["NAMED", "Change", "Length", "NamedSchedule", "Value", "freezings", "
 
 Value = Time | int | float | bool | str | None
 Change = tuple[Time, frozenset[str], bool]  # when, which groups, and True where they are frozen again
+NORM = re.compile(r"(?:norm|(?:^|[._])ln)[^.]*\.(?:weight|bias)$")
+STACK_OF = re.compile(r"(.*?)[^.]+\.\d+\.")  # "model.encoder." of "model.encoder.layers.0.fc1.weight"
 Length = tuple[int | None, int | None]  # optimizer updates of the whole run and of one epoch, where known
 
 
@@ -86,7 +89,21 @@ def _top_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Len
     if any(map(BLOCK.fullmatch, head)):  # no parameters of a head's own: the top block stands in its place
         head, blocks = frozenset(), [head, *blocks]
     count = math.ceil(arguments["share"] * len(blocks) - 1e-9)  # 0.6 * 5 blocks are three, whatever floats say
-    return [(Time(Fraction(0)), head.union(*blocks[:count]), False)]
+    opened: frozenset[str] = frozenset().union(*blocks[:count])
+    return [(Time(Fraction(0)), opened if _only_norms_below(groups, head, opened) else opened | head, False)]
+
+
+def _only_norms_below(groups: Sequence[Group], head: Set[str], opened: Set[str]) -> bool:
+    """Whether a head is nothing but norms, one of them of a stack that stays frozen.
+
+    An encoder's last norm learns little, but its gradient goes back through all of the decoder's attention to it.
+    """
+    names = [name for group in groups if group.name in head for name in group.parameter_names]
+    blocks = [group for group in groups if BLOCK.fullmatch(group.name) and group.parameter_names]
+    open_stacks = {group.stack for group in blocks if group.name in opened}
+    found = [STACK_OF.match(group.parameter_names[0]) for group in blocks if group.stack not in open_stacks]
+    frozen = tuple(match[1] for match in found if match and match[1])
+    return all(map(NORM.search, names)) and any(name.startswith(frozen) for name in names)
 
 
 def _linear_probe_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:

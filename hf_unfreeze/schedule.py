@@ -184,7 +184,8 @@ def gradual(every: str | Time = "1ep", blocks: int = 1, embeddings: bool = True)
 def top(share: float = 0.5) -> Schedule:
     """Train the head and the upper part of the blocks from the first step; the rest stays frozen to the end.
 
-    What lies below is computed once for each example where there is a cache.
+    What lies below is computed once for each example where there is a cache. A head of norms alone stays frozen with
+    an encoder whose last norm is among them (Whisper, T5): its gradient would go back through all of the decoder.
 
     Example:
         >>> str(top(0.5))

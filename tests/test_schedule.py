@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -74,6 +75,25 @@ def test_phases(spec):
 def test_a_share_counts_the_blocks_of_a_model_without_a_head(share, first):
     groups = [replace(group, parameter_names=()) if group.name == "head" else group for group in single()]
     assert parse_schedule(f"top({share})").phases(groups)[0].trainable == tuple(f"block[{i}]" for i in range(first, 4))
+
+
+NORMS = ("model.encoder.layer_norm.bias", "model.decoder.layer_norm.bias")
+
+
+@pytest.mark.parametrize(("spec", "head", "opened"), [
+    ("top(0.4)", NORMS, "decoder.block[0:2]"),
+    ("top(0.4)", ("encoder.final_layer_norm.weight", "decoder.final_layer_norm.weight"), "decoder.block[0:2]"),
+    ("top(0.6)", NORMS, "encoder.block[2], decoder.block[0:2], head"),  # the gradient goes there anyway
+    ("top(0.4)", NORMS[1:], "decoder.block[0:2], head"),
+    ("top(0.4)", (*NORMS, "lm_head.weight"), "decoder.block[0:2], head"),
+    ("top(0.4)", (), "decoder.block[0:2]"),
+    ("head@0", NORMS, "head"),
+])  # fmt: skip
+def test_an_encoders_last_norm_alone_does_not_open_the_head(spec, head, opened):
+    root = "" if "encoder.final_layer_norm.weight" in head else "model."
+    paths = {group.name: root + re.sub(r"block\[(\d+)\]", r"layers.\1.fc1", group.name) for group in towers()}
+    groups = [replace(group, parameter_names=(f"{paths[group.name]}.bias",)) for group in towers()[:-1]]
+    assert plan(spec, [*groups, Group("head", parameter_names=head)]) == [(0, opened)]
 
 
 def test_functions_are_the_specs():
