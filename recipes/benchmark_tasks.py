@@ -119,8 +119,7 @@ def speech(limits: DataArguments) -> Task:
 
     def encode(row: dict) -> dict:
         labels = tokenizer(row["text"]).input_ids
-        labels = labels[labels[0] == start :]
-        return {"input_features": listener.features(row), "labels": labels, "length": len(labels)}
+        return {"input_features": listener.features(row), "labels": labels[labels[0] == start :]}
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
         labels = [torch.tensor(row["labels"]) for row in rows]
@@ -129,11 +128,7 @@ def speech(limits: DataArguments) -> Task:
     data = without_decoding(fewer(load_splits(arguments, ["audio", "text"], prompts), limits), "audio")
     shape = listener.features(data["train"][0]).shape
     features = datasets.Features(
-        {
-            "input_features": datasets.Array2D(shape, "float32"),
-            "labels": datasets.Sequence(datasets.Value("int64")),
-            "length": datasets.Value("int64"),
-        }
+        {"input_features": datasets.Array2D(shape, "float32"), "labels": datasets.Sequence(datasets.Value("int64"))}
     )
     prepared = data.map(encode, remove_columns=data["train"].column_names, features=features)
     return Task(
@@ -144,17 +139,10 @@ def speech(limits: DataArguments) -> Task:
         load,
         collate,
         speech_metrics(tokenizer),
-        {"warmup_steps": 10, "predict_with_generate": True, "generation_max_length": 64, **by_length()},
+        {"warmup_steps": 10, "predict_with_generate": True, "generation_max_length": 64},
         Seq2SeqTrainer,
         Seq2SeqTrainingArguments,
     )
-
-
-def by_length() -> dict[str, Any]:
-    """Arguments for batches of like length: a prompt has 3 to 25 tokens, and half of a step are the logits of each."""
-    before = "group_by_length" in TrainingArguments.__dataclass_fields__  # transformers 4
-    how = {"group_by_length": True} if before else {"train_sampling_strategy": "group_by_length"}
-    return {**how, "length_column_name": "length", "remove_unused_columns": False}
 
 
 TASKS: dict[str, Callable[[DataArguments], Task]] = {"text": text, "images": images, "speech": speech}
