@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import transformers
-from benchmark_methods import Clock, Method, now, trainer_of
+from benchmark_methods import Clock, Method, trainer_of
 from benchmark_tasks import Task, text
 from common import parse, run
 from rich.console import Console
@@ -63,22 +63,11 @@ RATE = 3e-4
 FOLDER = "runs/cache_speed"
 
 
-def measure(task: Task, method: Method, epochs: int) -> dict[str, Any]:
+def measure(task: Task, method: Method, epochs: int, rate: float = RATE) -> dict[str, Any]:
     """Train once by a method."""
     clock = Clock()
-    trainer = trainer_of(task, method, RATE, 0, clock, output_dir=FOLDER, num_train_epochs=epochs)
+    trainer = trainer_of(task, method, rate, 0, clock, output_dir=FOLDER, num_train_epochs=epochs)
     return {"loss": trainer.train().training_loss, "seconds": clock.wall}
-
-
-def trial(task: Task, method: Method, epochs: int, rate: float) -> dict[str, Any]:
-    """Train once and evaluate after each epoch, as a search has to that compares and ends trials."""
-    arguments = {"output_dir": FOLDER, "num_train_epochs": epochs, "eval_strategy": "epoch"}
-    trainer = trainer_of(task, method, rate, 0, Clock(), **arguments)
-    start, cpu = now()
-    loss = trainer.train().training_loss
-    wall, end = now()
-    quality = trainer.state.log_history[-2][f"eval_{task.metric}"]
-    return {"rate": rate, "loss": loss, "quality": quality, "seconds": wall - start, "cpu": end - cpu}
 
 
 def search(task: Task, trials: int, epochs: int) -> dict[str, list[dict[str, Any]]]:
@@ -89,7 +78,7 @@ def search(task: Task, trials: int, epochs: int) -> dict[str, list[dict[str, Any
             for way in WAYS:
                 cache = FrozenPrefixCache("disk", folder=folder) if way == "with cache" else None
                 method = Method(schedule, (), {"schedule": schedule, "cache": cache})
-                done[way].append({"schedule": schedule, **trial(task, method, epochs, rate)})
+                done[way].append({"schedule": schedule, "rate": rate, **measure(task, method, epochs, rate)})
     return done
 
 
@@ -168,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(f"the callback itself, with nothing frozen: {100 * share:.4f} % of a step")
     found = search(task, speed_args.trials, speed_args.epochs)
     if speed_args.trials:
-        without, cached = (sum(each["seconds"] for each in found[way]) for way in WAYS)
+        without, cached = (sum(sum(trial["seconds"]) for trial in found[way]) for way in WAYS)
         console.print(f"{speed_args.trials} trials that share a store, with cache ÷ without: {cached / without:.2f}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     numbers = versions | {
