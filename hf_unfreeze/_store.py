@@ -122,10 +122,13 @@ class MemoryStore:
     def _drop_oldest(self) -> None:
         key, row = self._rows.popitem(last=False)
         slab = self._slabs.get(key)
-        self._nbytes -= row.nbytes if slab is None else slab.nbytes
-        for key in slab.keys if slab is not None else ():
-            self._rows.pop(key, None)
-            del self._slabs[key]
+        if slab is None:
+            self._nbytes -= row.nbytes
+            return
+        self._nbytes -= slab.nbytes
+        for beside in slab.keys:
+            self._rows.pop(beside, None)
+            del self._slabs[beside]
         if slab is self._filling:
             self._filling = None
 
