@@ -19,6 +19,7 @@ _EXAMPLES = {  # of arguments whose default shows no use of them
     "metric": "eval_loss",
     "at_least": "1ep",
     "at_most": "3ep",
+    "encoder_until": "40%",
 }
 _WORD = re.compile(r"[^\s,=()]+")
 

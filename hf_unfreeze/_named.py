@@ -88,9 +88,24 @@ def _top_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Len
     head, *blocks = openings(groups, {"blocks": 1, "embeddings": False})
     if any(map(BLOCK.fullmatch, head)):  # no parameters of a head's own: the top block stands in its place
         head, blocks = frozenset(), [head, *blocks]
-    count = math.ceil(arguments["share"] * len(blocks) - 1e-9)  # 0.6 * 5 blocks are three, whatever floats say
-    opened: frozenset[str] = frozenset().union(*blocks[:count])
-    return [(Time(Fraction(0)), opened if _only_norms_below(groups, head, opened) else opened | head, False)]
+    share, until = arguments["share"], arguments["encoder_until"]
+    encoder, decoder = (_blocks_of(groups, stack) for stack in ("encoder", "decoder"))
+    if until is None or not (encoder and decoder):
+        opened, briefly = frozenset[str]().union(*blocks[: _count(share, blocks)]), frozenset[str]()
+    else:
+        opened = frozenset(decoder[-_count(share, decoder) :])
+        briefly = frozenset(encoder[-_count(share, encoder) :])
+    kept = opened if _only_norms_below(groups, head, opened) else opened | head
+    return [(Time(Fraction(0)), kept | briefly, False), *([(until, briefly, True)] if briefly else [])]
+
+
+def _count(share: float, blocks: Sequence[Any]) -> int:
+    return math.ceil(share * len(blocks) - 1e-9)  # 0.6 * 5 blocks are three, whatever floats say
+
+
+def _blocks_of(groups: Sequence[Group], stack: str) -> list[str]:
+    blocks = (group for group in groups if group.stack == stack and group.parameter_names)
+    return [group.name for group in blocks if BLOCK.fullmatch(group.name)]
 
 
 def _only_norms_below(groups: Sequence[Group], head: Set[str], opened: Set[str]) -> bool:
@@ -226,7 +241,13 @@ _EPOCH, _EVERY_20, _TENTH = Time(Fraction(1), "ep"), Time(Fraction(20)), Time(Fr
 _ORDERS = ("random", "ascending", "descending")
 
 NAMED = {
-    "top": NamedSchedule({"share": 0.5}, _top_changes, most={"share": 1.0}, positional="share"),
+    "top": NamedSchedule(
+        {"share": 0.5, "encoder_until": None},
+        _top_changes,
+        most={"share": 1.0},
+        positional="share",
+        terse=("encoder_until",),
+    ),
     "gradual": NamedSchedule({"every": _EPOCH, "blocks": 1, "embeddings": True}, _gradual_changes),
     "linear_probe": NamedSchedule({"until": _EPOCH}, _linear_probe_changes),
     "all_at_once": NamedSchedule({}, _all_at_once_changes),

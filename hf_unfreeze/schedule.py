@@ -181,23 +181,25 @@ def gradual(every: str | Time = "1ep", blocks: int = 1, embeddings: bool = True)
     return build_named("gradual", {"every": every, "blocks": blocks, "embeddings": embeddings})
 
 
-def top(share: float = 0.5) -> Schedule:
+def top(share: float = 0.5, encoder_until: str | Time | None = None) -> Schedule:
     """Train the head and the upper part of the blocks from the first step; the rest stays frozen to the end.
 
     What lies below is computed once for each example where there is a cache. A head of norms alone stays frozen with
     an encoder whose last norm is among them (Whisper, T5): its gradient would go back through all of the decoder.
 
     Example:
-        >>> str(top(0.5))
-        'top(0.5)'
+        >>> str(top(0.4, encoder_until="40%"))
+        'top(0.4, encoder_until=40%)'
 
     Args:
         share: Of the blocks, from the top, rounded up; of an encoder and a decoder of one depth 0.5 is the decoder.
+        encoder_until: Time at which an encoder below a decoder is frozen again: until then that share of either
+            trains, counted by itself. Left out, the two count as one. Without effect on other models.
 
     Raises:
         ScheduleError: A share outside (0, 1].
     """
-    return build_named("top", {"share": share})
+    return build_named("top", {"share": share, "encoder_until": encoder_until})
 
 
 def linear_probe(until: str | Time = "1ep") -> Schedule:

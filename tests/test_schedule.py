@@ -60,6 +60,7 @@ PLANS = {
     "top(0.26)": [(0, "block[2:4], head")],  # rounded up
     "top(share=0.25)": [(0, "block[3], head")],
     "top(1)": [(0, "block[0:4], head")],
+    "top(0.5, encoder_until=40%)": [(0, "block[2:4], head")],  # one stack: nothing to freeze again
     "all_at_once": [(0, "all")],
 }  # fmt: skip
 
@@ -91,9 +92,34 @@ NORMS = ("model.encoder.layer_norm.bias", "model.decoder.layer_norm.bias")
 ])  # fmt: skip
 def test_an_encoders_last_norm_alone_does_not_open_the_head(spec, head, opened):
     root = "" if "encoder.final_layer_norm.weight" in head else "model."
+    assert plan(spec, named_towers(head, root)) == [(0, opened)]
+
+
+def named_towers(head: tuple[str, ...], root: str = "model.") -> list[Group]:
     paths = {group.name: root + re.sub(r"block\[(\d+)\]", r"layers.\1.fc1", group.name) for group in towers()}
     groups = [replace(group, parameter_names=(f"{paths[group.name]}.bias",)) for group in towers()[:-1]]
-    assert plan(spec, [*groups, Group("head", parameter_names=head)]) == [(0, opened)]
+    return [*groups, Group("head", parameter_names=head)]
+
+
+@pytest.mark.parametrize(("spec", "encoder", "decoder", "until"), [
+    ("top(0.4, encoder_until=40%)", "encoder.block[1:3]", "decoder.block[1], head", 28),
+    ("top(1, encoder_until=1ep)", "encoder.block[0:3]", "decoder.block[0:2], head", 7),
+])  # fmt: skip
+def test_a_share_of_encoder_and_of_decoder(spec, encoder, decoder, until):
+    assert plan(spec, towers()) == [(0, f"{encoder}, {decoder}"), (until, decoder)]
+    assert str(parse_schedule(spec)) == spec.replace("(1,", "(1.0,")
+
+
+def test_an_encoders_last_norm_does_not_open_with_blocks_that_freeze_again():
+    phases = plan("top(0.4, encoder_until=1ep)", named_towers(NORMS))
+    assert phases == [(0, "encoder.block[1:3], decoder.block[1]"), (7, "decoder.block[1]")]
+
+
+def test_a_share_of_each_stack_counts_blocks_with_parameters():
+    bare = [replace(group, parameter_names=()) if group.name == "encoder.block[2]" else group for group in towers()]
+    assert plan("top(0.5, encoder_until=1ep)", bare)[0] == (0, "encoder.block[1], decoder.block[1], head")
+    no_encoder = [group for group in towers() if group.stack != "encoder"]
+    assert plan("top(0.5, encoder_until=1ep)", no_encoder) == plan("top(0.5)", no_encoder)
 
 
 def test_functions_are_the_specs():
@@ -102,6 +128,7 @@ def test_functions_are_the_specs():
     )
     assert linear_probe() == parse_schedule("linear_probe")
     assert top(1) == parse_schedule("top(1.0)")
+    assert top(0.4, encoder_until="40%") == parse_schedule("top(0.4, encoder_until=40%)")
     assert all_at_once() == parse_schedule("all_at_once()")
 
 
