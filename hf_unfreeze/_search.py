@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._plateau import greater_is_better
 from .errors import UnfreezeError
-from .schedule import parse_schedule
+from .schedule import RECOMMENDED, parse_schedule
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEDULES", "Search", "trials_figure", "trials_table"]
 
-SCHEDULES = ("head@0", "top(0.25)", "top(0.4)", "linear_probe(until=20%)", "gradual(every=10%)", "all_at_once")
+SCHEDULES = ("head@0", "top(0.25)", RECOMMENDED, "linear_probe(until=20%)", "gradual(every=10%)", "all_at_once")
 
 Row = dict[str, Any]
 _METRICS = re.compile(r"\{'[^{}]*\}")  # as the Trainer prints them

@@ -25,7 +25,7 @@ class UnfreezeArguments:
         default=None,
         metadata={
             "help": "What trains when: 'head@0, block[-4:]@1ep, all@50%%' or a named schedule. Left out, "
-            f"{RECOMMENDED} and, on a CPU, the cache in memory."
+            f"{RECOMMENDED.replace('%', '%%')} and, on a CPU, the cache in memory."
         },
     )
     layer_decay: str = field(

@@ -61,8 +61,8 @@ class UnfreezeCallback(TrainerCallback):
         >>> trainer.train()
 
     Args:
-        schedule: A spec string (see ``hf_unfreeze.schedule``) or a ``Schedule``; left out, ``top(0.4)``, and on a
-            CPU the cache in memory, unless ``cache`` says otherwise.
+        schedule: A spec string (see ``hf_unfreeze.schedule``) or a ``Schedule``; left out,
+            ``top(0.4, encoder_until=40%)``, and on a CPU the cache in memory, unless ``cache`` says otherwise.
         layer_decay: Factor on the learning rate from each level to the one below it, in (0, 1]; ``"0.35->1.0"``
             changes it evenly from the first step to the last.
         block_warmup: Time over which the rate of a newly opened group rises to its full value, e.g. ``"50step"``.

@@ -50,9 +50,10 @@ class Unfreezer:
     Args:
         model: The model, wrapped or not. Build the optimizer over all its parameters before.
         optimizer: A torch optimizer, or Accelerate's wrapper of one.
-        schedule: A spec string or a ``Schedule``; left out, ``top(0.4)``, and on a CPU the cache in memory,
-            unless ``cache`` says otherwise.
-        total_steps: Optimizer updates of the whole run; needed where a time is in ``%``.
+        schedule: A spec string or a ``Schedule``; left out, ``top(0.4, encoder_until=40%)``, and on a CPU
+            the cache in memory, unless ``cache`` says otherwise.
+        total_steps: Optimizer updates of the whole run; needed where a time is in ``%``, so by an encoder with a
+            decoder where no schedule is given.
         steps_per_epoch: Optimizer updates in one epoch; needed where a time is in ``ep``.
         layer_decay: Factor on the learning rate from each level to the one below it, in (0, 1]; ``"0.35->1.0"``
             changes it evenly from the first step to the last.

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 
 from hf_unfreeze import UnfreezeCallback, layer_groups, parse_schedule
+from hf_unfreeze.schedule import RECOMMENDED
 
 PEER = "finetuning_scheduler"
 PROCESS = Path("/proc/self")
@@ -60,7 +61,7 @@ IN_TURN = {"schedule": "head@0, block[-1]@1ep, block[-2:]@2ep"}
 METHODS = [
     Method("full fine-tuning", (1, 2, 3)),
     Method("upper half, cache", (1, 2, 3), UPPER),
-    Method("top(0.4), cache: the default", (1, 2, 3), {"schedule": "top(0.4)", **CACHED}),
+    Method("UnfreezeCallback(): the default", (1, 2, 3), {"schedule": RECOMMENDED, **CACHED}),
     Method("linear probing, cache", (10,), {"schedule": "head@0", **CACHED}, factor=10),
     Method("gradual, cache", (3,), {"schedule": "gradual(every=12%)", **CACHED}),
     Method("LP-FT, cache", (2,), {"schedule": "linear_probe(until=20%)", **CACHED}),

@@ -134,7 +134,7 @@ def speech(limits: DataArguments) -> Task:
     return Task(
         "wer",
         -1,
-        (3e-5, 7e-5, 1e-4, 3e-4),
+        (3e-5, 5e-5, 1e-4, 1.5e-4),
         prepared.with_format("numpy", columns=["input_features"], output_all_columns=True),
         load,
         collate,

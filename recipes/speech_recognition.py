@@ -1,4 +1,4 @@
-"""Fine-tune a speech recognizer: the decoder, on an encoder that stays frozen and is cached.
+"""Fine-tune a speech recognizer: the upper part of encoder and decoder, then the decoder's on a cached encoder.
 
 python recipes/speech_recognition.py
     trains a Whisper tiny.en on 419 spoken prompts of six seconds at most, no hub needed
@@ -34,11 +34,11 @@ from hf_unfreeze import UnfreezeArguments, UnfreezeCallback
 
 # What suits the embedded model and data; every one can be given as an argument.
 DEFAULTS: dict[str, Any] = {
-    "schedule": "head@0, decoder.block[0:]@0",
+    "schedule": "top(0.4, encoder_until=40%)",
     "cache": "memory",
     "output_dir": "runs/speech_recognition",
-    "num_train_epochs": 3.0,
-    "learning_rate": 1e-4,
+    "num_train_epochs": 2.0,
+    "learning_rate": 1.5e-4,
     "warmup_steps": 10,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
