@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ._learnt import Learnt
 from ._measured import Measured, Ticks
-from ._named import Length, freezings
+from ._openings import Length, freezings
 from ._plateau import Plateau
 from ._probe import Prober
 from ._spec import BLOCK, Group

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ._measured import Measured, Ticks
-from ._named import Length, openings
+from ._openings import Length, openings
 from ._probe import Prober
 from ._spec import Group
 from .schedule import Phase, Schedule

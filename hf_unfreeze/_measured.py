@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ._named import Length, multiple
+from ._named import multiple
+from ._openings import Length
 from ._phases import is_transition
 from ._probe import Prober
 from ._spec import Group

@@ -4,63 +4,20 @@ from __future__ import annotations
 
 import math
 import random
-import re
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from ._openings import Change, Length, freezings, openings
 from ._spec import BLOCK, Group, Selector
 from ._time import Time
+from ._top import top_changes
 from .errors import ScheduleError
 
-__all__ = ["NAMED", "Change", "Length", "NamedSchedule", "Value", "freezings", "multiple", "openings"]
+__all__ = ["NAMED", "NamedSchedule", "Value", "multiple"]
 
 Value = Time | int | float | bool | str | None
-Change = tuple[Time, frozenset[str], bool]  # when, which groups, and True where they are frozen again
-NORM = re.compile(r"(?:norm|(?:^|[._])ln)[^.]*\.(?:weight|bias)$")
-STACK_OF = re.compile(r"(.*?)[^.]+\.\d+\.")  # "model.encoder." of "model.encoder.layers.0.fc1.weight"
-Length = tuple[int | None, int | None]  # optimizer updates of the whole run and of one epoch, where known
-
-
-def openings(groups: Sequence[Group], arguments: dict[str, Any]) -> list[frozenset[str]]:
-    """List what opens together, from the top: the head, ``blocks`` blocks at a time, the embeddings if wanted."""
-    count = arguments["blocks"]
-    if not any(BLOCK.fullmatch(group.name) for group in groups):
-        there = ", ".join(group.name for group in groups)
-        raise ScheduleError(
-            f"the schedule needs blocks, and this model has none (groups: {there}). "
-            "Write all_at_once, or give its structure with register_architecture."
-        )
-    levels: dict[int, list[Group]] = {}  # groups of one level open together
-    for position, group in enumerate(groups):
-        levels.setdefault(position if group.level is None else group.level, []).append(group)
-    opened: list[set[str]] = [set()]
-    in_opening = count  # of the blocks; the head has an opening of its own
-    for level in sorted(levels, reverse=True):
-        members = levels[level]
-        names = {group.name for group in members if group.parameter_names}
-        if all(group.name == "head" for group in members) or not opened[0]:
-            opened[0] |= names  # a head without parameters takes the first blocks with it
-        elif all(group.name.rpartition(".")[2] == "embeddings" for group in members):
-            opened += [names] if arguments["embeddings"] and names else []
-        elif names:
-            if in_opening == count:
-                opened.append(set())
-                in_opening = 0
-            opened[-1] |= names
-            in_opening += 1
-    return [frozenset(names) for names in opened]
-
-
-def freezings(groups: Sequence[Group]) -> list[frozenset[str]]:
-    """List what freezes together, from the bottom: one level of blocks at a time, the embeddings with the lowest."""
-    *units, lowest = [set(names) for names in openings(groups, {"blocks": 1, "embeddings": True})[1:]] or [set()]
-    if units and not any(BLOCK.fullmatch(name) for name in lowest):
-        units[-1] |= lowest
-    elif lowest:
-        units.append(lowest)
-    return [frozenset(unit) for unit in reversed(units)]
 
 
 def _sets_opening(groups: Sequence[Group], arguments: dict[str, Any]) -> list[frozenset[str]]:
@@ -82,43 +39,6 @@ def _gradual_changes(groups: Sequence[Group], arguments: dict[str, Any], length:
 
 def _first_opening(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
     return [(Time(Fraction(0)), openings(groups, arguments)[0], False)]
-
-
-def _top_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
-    head, *blocks = openings(groups, {"blocks": 1, "embeddings": False})
-    if any(map(BLOCK.fullmatch, head)):  # no parameters of a head's own: the top block stands in its place
-        head, blocks = frozenset(), [head, *blocks]
-    share, until = arguments["share"], arguments["encoder_until"]
-    encoder, decoder = (_blocks_of(groups, stack) for stack in ("encoder", "decoder"))
-    if until is None or not (encoder and decoder):
-        opened, briefly = frozenset[str]().union(*blocks[: _count(share, blocks)]), frozenset[str]()
-    else:
-        opened = frozenset(decoder[-_count(share, decoder) :])
-        briefly = frozenset(encoder[-_count(share, encoder) :])
-    kept = opened if _only_norms_below(groups, head, opened) else opened | head
-    return [(Time(Fraction(0)), kept | briefly, False), *([(until, briefly, True)] if briefly else [])]
-
-
-def _count(share: float, blocks: Sequence[Any]) -> int:
-    return math.ceil(share * len(blocks) - 1e-9)  # 0.6 * 5 blocks are three, whatever floats say
-
-
-def _blocks_of(groups: Sequence[Group], stack: str) -> list[str]:
-    blocks = (group for group in groups if group.stack == stack and group.parameter_names)
-    return [group.name for group in blocks if BLOCK.fullmatch(group.name)]
-
-
-def _only_norms_below(groups: Sequence[Group], head: Set[str], opened: Set[str]) -> bool:
-    """Whether a head is nothing but norms, one of them of a stack that stays frozen.
-
-    An encoder's last norm learns little, but its gradient goes back through all of the decoder's attention to it.
-    """
-    names = [name for group in groups if group.name in head for name in group.parameter_names]
-    blocks = [group for group in groups if BLOCK.fullmatch(group.name) and group.parameter_names]
-    open_stacks = {group.stack for group in blocks if group.name in opened}
-    found = [STACK_OF.match(group.parameter_names[0]) for group in blocks if group.stack not in open_stacks]
-    frozen = tuple(match[1] for match in found if match and match[1])
-    return all(map(NORM.search, names)) and any(name.startswith(frozen) for name in names)
 
 
 def _linear_probe_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
@@ -243,7 +163,7 @@ _ORDERS = ("random", "ascending", "descending")
 NAMED = {
     "top": NamedSchedule(
         {"share": 0.5, "encoder_until": None},
-        _top_changes,
+        top_changes,
         most={"share": 1.0},
         positional="share",
         terse=("encoder_until",),

@@ -8,7 +8,8 @@ from fractions import Fraction
 from typing import Any
 
 from ._arguments import write_arguments
-from ._named import NAMED, Change, Value
+from ._named import NAMED, Value
+from ._openings import Change
 from ._spec import BLOCK, Entry, Group
 from .errors import ScheduleError
 

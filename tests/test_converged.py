@@ -15,7 +15,7 @@ from test_schedule import plan, single, times, towers
 from hf_unfreeze import UnfreezeCallback, UnfreezeError, auto, freeze_converged, parse_schedule
 from hf_unfreeze import criteria as module
 from hf_unfreeze._decisions import Converged
-from hf_unfreeze._named import freezings
+from hf_unfreeze._openings import freezings
 from hf_unfreeze.criteria import register_criterion
 from hf_unfreeze.errors import ScheduleError
 from hf_unfreeze.schedule import spec_of

@@ -115,6 +115,15 @@ def test_an_encoders_last_norm_does_not_open_with_blocks_that_freeze_again():
     assert phases == [(0, "encoder.block[1:3], decoder.block[1]"), (7, "decoder.block[1]")]
 
 
+def test_what_lies_between_encoder_and_decoder_trains_to_the_end():
+    below, above = towers()[:4], towers()[4:]
+    phases = plan("top(0.4, encoder_until=1ep)", [*below, Group("connector"), *above])
+    assert [trainable for _, trainable in phases] == [
+        "encoder.block[1:3], connector, decoder.block[1], head",
+        "connector, decoder.block[1], head",
+    ]
+
+
 def test_a_share_of_each_stack_counts_blocks_with_parameters():
     bare = [replace(group, parameter_names=()) if group.name == "encoder.block[2]" else group for group in towers()]
     assert plan("top(0.5, encoder_until=1ep)", bare)[0] == (0, "encoder.block[1], decoder.block[1], head")
