@@ -13,8 +13,9 @@ import hf_unfreeze
 
 PACKAGE = Path(hf_unfreeze.__file__).parent
 ORDER = ["errors", "_time", "_spec", "_openings", "_top", "_named", "_arguments", "_phases", "_deciding",
-         "schedule", "architectures", "_roles", "_quirks", "_blocks", "_siblings", "_structure", "_runs", "_naming", "_loose", "_trace",
-         "detection", "_rows", "_matcher", "groups", "_fixed", "_quantised", "_adapters", "_shadow", "freezing",
+         "schedule", "architectures", "_roles", "_quirks", "_blocks", "_siblings", "_structure", "_runs",
+         "_naming", "_loose", "_trace", "detection", "_rows", "_matcher", "groups", "_fixed", "_quantised",
+         "_adapters", "_shadow", "freezing",
          "_parts", "optim", "_rates", "_compiling", "_checkpointing", "_options", "_kept", "_fresh",
          "regularization", "_agreement", "_reducer", "_sharded", "distributed", "_keys", "_slabs", "_store",
          "_places", "_prefix", "_prefixes", "_precision", "_fingerprints", "_exact", "_activations", "_stacks",
