@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from ._learnt import Learnt
 from ._measured import Measured, Ticks
-from ._openings import Length, freezings
+from ._openings import Length, blocks_of, freezings
 from ._plateau import Plateau
 from ._probe import Prober
 from ._spec import BLOCK, Group
@@ -213,7 +213,7 @@ def decisions_of(
     length = total_steps, steps_per_epoch
     if schedule.name in ("auto_rates", "learn_rates"):
         return Learnt(schedule, groups, measure, length)
-    if not any(BLOCK.fullmatch(group.name) and group.parameter_names for group in groups):
+    if not blocks_of(groups):
         raise ScheduleError(
             f"{schedule} has no block to measure: all weights of the blocks are quantised. "
             "Write head@0, or add adapters with PEFT."

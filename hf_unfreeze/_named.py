@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-from ._openings import Change, Length, freezings, openings
-from ._spec import BLOCK, Group, Selector
+from ._openings import Change, Length, blocks_of, freezings, openings
+from ._spec import Group, Selector
 from ._time import Time
 from ._top import top_changes
 from .errors import ScheduleError
@@ -55,7 +55,7 @@ def _all_at_once_changes(groups: Sequence[Group], arguments: dict[str, Any], len
 
 def _rotate_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Length) -> list[Change]:
     total = _total("rotate", length)
-    blocks = [group.name for group in groups if BLOCK.fullmatch(group.name) and group.parameter_names]
+    blocks = [block.name for block in blocks_of(groups)]
     if not blocks:
         names = ", ".join(group.name for group in groups)
         raise ScheduleError(f"rotate needs blocks, and this model has none (groups: {names}). Write all_at_once.")

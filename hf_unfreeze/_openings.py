@@ -9,10 +9,15 @@ from ._spec import BLOCK, Group
 from ._time import Time
 from .errors import ScheduleError
 
-__all__ = ["Change", "Length", "freezings", "openings"]
+__all__ = ["Change", "Length", "blocks_of", "freezings", "openings"]
 
 Change = tuple[Time, frozenset[str], bool]  # when, which groups, and True where they are frozen again
 Length = tuple[int | None, int | None]  # optimizer updates of the whole run and of one epoch, where known
+
+
+def blocks_of(groups: Sequence[Group]) -> list[Group]:
+    """List the blocks that have parameters, bottom → top."""
+    return [group for group in groups if BLOCK.fullmatch(group.name) and group.parameter_names]
 
 
 def openings(groups: Sequence[Group], arguments: dict[str, Any]) -> list[frozenset[str]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence, Set
 from fractions import Fraction
 from typing import Any
 
-from ._openings import Change, Length, openings
+from ._openings import Change, Length, blocks_of, openings
 from ._spec import BLOCK, Group
 from ._time import Time
 
@@ -24,7 +24,9 @@ def top_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Leng
     if any(map(BLOCK.fullmatch, head)):  # no parameters of a head's own: the top block stands in its place
         head, blocks = frozenset(), [head, *blocks]
     share, until = arguments["share"], arguments["encoder_until"]
-    encoder, decoder = (_blocks_of(groups, stack) for stack in ("encoder", "decoder"))
+    encoder, decoder = (
+        [block.name for block in blocks_of(groups) if block.stack == stack] for stack in ("encoder", "decoder")
+    )
     if until is None or not (encoder and decoder):
         opened = frozenset[str]().union(*blocks[: _count(share, blocks)])
         return [(Time(Fraction(0)), opened | _trainable_head(groups, head, opened), False)]
@@ -36,11 +38,6 @@ def top_changes(groups: Sequence[Group], arguments: dict[str, Any], length: Leng
 
 def _count(share: float, blocks: Sequence[Any]) -> int:
     return math.ceil(share * len(blocks) - 1e-9)  # 0.6 * 5 blocks are three, whatever floats say
-
-
-def _blocks_of(groups: Sequence[Group], stack: str) -> list[str]:
-    blocks = (group for group in groups if group.stack == stack and group.parameter_names)
-    return [group.name for group in blocks if BLOCK.fullmatch(group.name)]
 
 
 def _between(groups: Sequence[Group], below: str, above: str) -> frozenset[str]:
@@ -56,7 +53,7 @@ def _trainable_head(groups: Sequence[Group], head: frozenset[str], opened: Set[s
     An encoder's last norm learns little, but its gradient goes back through all of the decoder's attention to it.
     """
     names = [name for group in groups if group.name in head for name in group.parameter_names]
-    blocks = [group for group in groups if BLOCK.fullmatch(group.name) and group.parameter_names]
+    blocks = blocks_of(groups)
     open_stacks = {group.stack for group in blocks if group.name in opened}
     found = [STACK_OF.match(group.parameter_names[0]) for group in blocks if group.stack not in open_stacks]
     frozen = tuple(match[1] for match in found if match and match[1])
