@@ -11,7 +11,7 @@ import torch
 
 from ._exact import Attributes, scales_by_length
 from ._fingerprints import Fingerprints
-from ._keys import Batch, by_length, can_be_cut, read_batch, take
+from ._keys import Batch, Unkeyed, by_length, can_be_cut, read_batch, take
 from ._prefix import Prefix, Reached, Run
 from ._shadow import random_state, set_random_state
 from ._store import Store
@@ -118,6 +118,19 @@ class Activations:
                 self._ahead += len(members)
                 self.stats.misses += len(members)
 
+    def expect(self, boundary: int, ragged: bool, following: Callable[[], dict[str, Any] | None]) -> None:
+        """Let the store fetch what the next batch will ask for; nothing where that is not known."""
+
+        def keys() -> list[bytes]:
+            inputs = following()
+            batch = None
+            if inputs is not None:
+                with contextlib.suppress(Unkeyed):
+                    batch = self.read(inputs, ragged)
+            return [] if batch is None else self._stored_as(boundary, batch, range(batch.size))
+
+        self.store.expect(keys)
+
     def accept(self, boundary: int, batch: Batch, captured: dict[int, torch.Tensor]) -> None:
         """Keep what a check has computed; what is stored already has to be the same."""
         hidden = captured[boundary]
@@ -135,8 +148,7 @@ class Activations:
             rows = hidden.detach().to(device, self.dtype or hidden.dtype).unbind()
             if batch.padded:
                 rows = tuple(row[: batch.lengths[member]] for member, row in zip(members, rows, strict=True))
-            salt = self.fingerprints.of(boundary, batch.salt)
-            self.store.put((salt + batch.keys[member], row) for member, row in zip(members, rows, strict=True))
+            self.store.put(zip(self._stored_as(boundary, batch, members), rows, strict=True))
             self.written += sum(row.nbytes for row in rows)
 
     def _compute(
@@ -183,8 +195,11 @@ class Activations:
             set_random_state(state, self.prefix.device)
 
     def _get(self, batch: Batch, members: Sequence[int], boundary: int) -> list[torch.Tensor | None]:
+        return self.store.get(self._stored_as(boundary, batch, members))
+
+    def _stored_as(self, boundary: int, batch: Batch, members: Sequence[int]) -> list[bytes]:
         salt = self.fingerprints.of(boundary, batch.salt)
-        return self.store.get([salt + batch.keys[member] for member in members])
+        return [salt + batch.keys[member] for member in members]
 
     def _assembled(self, batch: Batch, rows: list[torch.Tensor], tokens: int = 0) -> torch.Tensor:
         """Put stored rows into one tensor on the device of the model, as long as the batch or as ``tokens``."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from ._activations import UPSET, Activations, Forward, Stats
 from ._ahead import Ahead, fill
+from ._coming import Coming
 from ._exact import Attributes, Buffers, detached, has_loss, same_outputs, unfit
 from ._keys import ASKS_FOR_MORE, PAST, Batch, Unkeyed, is_cache, pasts_of
 from ._prefix import Reached, Run
@@ -60,6 +61,7 @@ class Caching:
         self._training: bool | None = None  # mode of the last forward
         self._trainable: set[int] = set()
         self.ahead: Ahead | None = None  # what is computed before it comes by, once it turns out to spare padding
+        self.coming: Coming | None = None  # batches that a slow store may begin to fetch
         self._shadows: list[Shadow] = []
         for index, stack in enumerate(self._stacks):
             self._shadows += stack.prefix.shadows(functools.partial(self._at_host, f"host{index}", stack))
@@ -91,6 +93,8 @@ class Caching:
 
     def close(self) -> None:
         """Give every module its own forward back."""
+        if self.coming is not None:
+            self.coming.close()
         while self._shadows:
             self._shadows.pop().close()
         self._stacks.clear()
@@ -104,6 +108,8 @@ class Caching:
         self, name: str, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Run the outermost module of a forward, after a check where one is due."""
+        if self.coming is not None and self._model.training and not self._inside:
+            self.coming.begin(kwargs)
         if self._inside or not any(stack.boundary for stack in self._stacks):
             return forward(*args, **kwargs)
         self._inside = True
@@ -268,6 +274,8 @@ class Caching:
             return original(*args, **kwargs)
         start = 0 if unknown and batch.padded else trusted
         run = Run(start, activations.at(start, batch, original) if start else None)
+        if start and self.coming is not None and self._model.training:
+            activations.expect(start, bool(trust.ragged), functools.partial(self.coming.like, batch.inputs))
         self._stats.looking += time.perf_counter() - began - (self._stats.seconds - computing)
         if self._watched is not None or self._fresh:
             run.watched, run.state = boundary, random_state(stack.prefix.device)

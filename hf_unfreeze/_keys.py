@@ -12,6 +12,7 @@ import torch
 
 __all__ = [
     "ASKS_FOR_MORE",
+    "IGNORED",
     "PAST",
     "Batch",
     "Unkeyed",

@@ -6,36 +6,45 @@ size. A slab comes and goes as a whole.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
-__all__ = ["SIZE", "Slab"]
+__all__ = ["SIZE", "Slab", "Slot"]
 
 SIZE = 1 << 25  # bytes, or as many as a longer row takes
 ALIGN = 64  # bytes
 
 
+class Slot(NamedTuple):
+    """A row that is to be written, and the slab that it lies in."""
+
+    row: torch.Tensor
+    slab: Slab
+
+
 class Slab:
-    """Room for some rows.
+    """Room for some rows; ``keys`` are those of the rows that are kept.
 
     Args:
         nbytes: Least bytes that it holds.
-        page_locked: Whether a GPU is to read it.
     """
 
-    def __init__(self, nbytes: int, page_locked: bool) -> None:
+    def __init__(self, nbytes: int) -> None:
         self.nbytes = 1 << (nbytes - 1).bit_length()
         self.keys: list[bytes] = []
-        self._memory = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=page_locked)
+        self._memory = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self._used = 0
 
-    def fits(self, row: torch.Tensor) -> bool:
-        """Whether there is room for one more."""
-        return self._used + row.nbytes <= self.nbytes
+    def fits(self, nbytes: int) -> bool:
+        """Whether there is room for so many bytes more."""
+        return self._used + nbytes <= self.nbytes
 
-    def put(self, key: bytes, row: torch.Tensor) -> torch.Tensor:
-        """Return a copy of a row, which a GPU may still be writing."""
-        end = self._used + row.nbytes
-        copy = self._memory[self._used : end].view(row.dtype).reshape(row.shape)
+    def slot(self, dtype: torch.dtype, shape: Sequence[int]) -> Slot:
+        """Return room for one more row."""
+        end = self._used + dtype.itemsize * math.prod(shape)
+        row = self._memory[self._used : end].view(dtype).reshape(*shape)
         self._used = -(-end // ALIGN) * ALIGN
-        self.keys.append(key)
-        return copy.copy_(row, non_blocking=True)
+        return Slot(row, self)

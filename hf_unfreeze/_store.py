@@ -1,29 +1,18 @@
-"""Where the cache keeps activations: in memory under a limit of bytes, or in an lmdb file that runs share."""
+"""Where the cache keeps activations: what a store does, and the one in memory, under a limit of bytes."""
 
 from __future__ import annotations
 
-import shutil
-import struct
-import warnings
-import zlib
+import math
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Protocol
 
 import torch
 
-from ._slabs import SIZE, Slab
-from .errors import UnfreezeError
+from ._slabs import SIZE, Slab, Slot
 
-__all__ = ["DiskStore", "MemoryStore", "Store", "free_memory"]
-
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-HEADER = struct.Struct("<BBHI")  # version, dtype, dimensions, checksum of the bytes that follow the shape
-VERSION = 1
-INSTALL = "cache='disk' needs lmdb. Run: pip install 'hf-unfreeze[cache]'"
-SLACK = 1 << 20  # lmdb needs a few pages of its own
-_OPEN: dict[Path, Any] = {}  # lmdb must not open one file twice in a process
+__all__ = ["MemoryStore", "Store", "free_memory"]
 
 
 class Store(Protocol):
@@ -45,6 +34,9 @@ class Store(Protocol):
 
     def takes(self, activations: torch.Tensor) -> bool:
         """Whether these may come from the device that computed them."""
+
+    def expect(self, keys: Callable[[], Sequence[bytes]]) -> None:
+        """Fetch what will be asked for next, where that takes long."""
 
 
 def of_gpu(activations: torch.Tensor) -> bool:
@@ -99,6 +91,9 @@ class MemoryStore:
         """Whether these may come from the device that computed them."""
         return self.beside_model or of_gpu(activations)
 
+    def expect(self, keys: Callable[[], Sequence[bytes]]) -> None:
+        """Do nothing: all is at hand."""
+
     def put(self, items: Iterable[tuple[bytes, torch.Tensor]]) -> None:
         """Keep these; the least recently used go."""
         for key, row in items:
@@ -106,18 +101,37 @@ class MemoryStore:
                 self._rows.move_to_end(key)
             elif row.nbytes <= self.max_bytes:
                 if of_gpu(row) and not self.beside_model:
-                    self._put_in_slab(key, row)
+                    slot = self.room(row.dtype, row.shape)
+                    slot.row.copy_(row, non_blocking=True)
+                    self._take_over(key, slot)
                 else:
                     self._rows[key] = row.clone()
                     self._nbytes += row.nbytes
+        self._trim()
+
+    def room(self, dtype: torch.dtype, shape: Sequence[int]) -> Slot:
+        """Return memory for a row; ``adopt`` keeps it, once it has been written."""
+        nbytes = dtype.itemsize * math.prod(shape)
+        if self._filling is None or not self._filling.fits(nbytes):
+            self._filling = Slab(max(nbytes, min(SIZE, self.max_bytes // 8)))
+        return self._filling.slot(dtype, shape)
+
+    def adopt(self, slots: Mapping[bytes, Slot]) -> None:
+        """Keep rows that lie in slabs already; the least recently used go."""
+        for key, slot in slots.items():
+            if key not in self._rows:
+                self._take_over(key, slot)
+        self._trim()
+
+    def _take_over(self, key: bytes, slot: Slot) -> None:
+        if not slot.slab.keys:
+            self._nbytes += slot.slab.nbytes
+        slot.slab.keys.append(key)
+        self._rows[key], self._slabs[key] = slot.row, slot.slab
+
+    def _trim(self) -> None:
         while self._nbytes > self.max_bytes:
             self._drop_oldest()
-
-    def _put_in_slab(self, key: bytes, row: torch.Tensor) -> None:
-        if self._filling is None or not self._filling.fits(row):
-            self._filling = Slab(max(row.nbytes, min(SIZE, self.max_bytes // 8)), page_locked=row.is_cuda)
-            self._nbytes += self._filling.nbytes
-        self._rows[key], self._slabs[key] = self._filling.put(key, row), self._filling
 
     def _drop_oldest(self) -> None:
         key, row = self._rows.popitem(last=False)
@@ -131,121 +145,3 @@ class MemoryStore:
             del self._slabs[beside]
         if slab is self._filling:
             self._filling = None
-
-
-class DiskStore:
-    """Keeps activations in an lmdb file: several processes may use it, and one that is killed does no harm.
-
-    A full disk or a full file only ends the writing; a file that cannot be read is begun again.
-    """
-
-    def __init__(self, folder: str | Path, max_bytes: int | None = None) -> None:
-        try:
-            import lmdb
-        except ImportError:
-            raise UnfreezeError(INSTALL) from None
-        self._error: type[Exception] = lmdb.Error
-        self._resized: type[Exception] = lmdb.MapResizedError
-        self.folder = Path(folder).expanduser().resolve() / f"v{VERSION}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            self._refuse(error)
-        self._writes = True
-        if self.folder not in _OPEN:
-            _OPEN[self.folder] = self._open(lmdb, max_bytes)
-        elif max_bytes is not None:  # for all who share it
-            _OPEN[self.folder].set_mapsize(max_bytes + SLACK)
-        self._env = _OPEN[self.folder]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in use."""
-        return int((self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"])
-
-    @property
-    def max_bytes(self) -> int:
-        """Most bytes to keep."""
-        return int(self._env.info()["map_size"]) - SLACK
-
-    def get(self, keys: Sequence[bytes]) -> list[torch.Tensor | None]:
-        """Return what is stored under each key, or None; also None where the bytes do not match their checksum."""
-        try:
-            with self._begin(buffers=True) as transaction:
-                return [_unpack(transaction.get(key)) for key in keys]
-        except self._error as error:
-            self._stop(error)
-            return [None] * len(keys)
-
-    def takes(self, activations: torch.Tensor) -> bool:
-        """Whether these may come from the device that computed them."""
-        return False
-
-    def put(self, items: Iterable[tuple[bytes, torch.Tensor]]) -> None:
-        """Keep these, until the file or the disk is full."""
-        if not self._writes:
-            return
-        try:
-            with self._begin(write=True) as transaction:
-                for key, row in items:
-                    transaction.put(key, _pack(row))
-        except self._error as error:
-            self._stop(error)
-
-    def _begin(self, **options: bool) -> Any:
-        try:
-            return self._env.begin(**options)
-        except self._resized:  # another process has given the file more room
-            self._env.set_mapsize(0)
-            return self._env.begin(**options)
-
-    def _stop(self, error: Exception) -> None:
-        if self._writes:
-            self._writes = False
-            warnings.warn(
-                f"the frozen-prefix cache writes no more to {self.folder} ({error}); training goes on. "
-                "Give it more room with FrozenPrefixCache('disk', max_bytes=…), or delete the folder.",
-                UserWarning,
-                stacklevel=2,
-            )
-
-    def _open(self, lmdb: Any, max_bytes: int | None) -> Any:
-        path = self.folder / "data.mdb"
-        for _ in range(2):
-            size = path.stat().st_size if path.exists() else 0
-            room = max_bytes or shutil.disk_usage(self.folder).free // 2 + size
-            options = {"map_size": max(room, size) + SLACK, "sync": False, "metasync": False, "readahead": False}
-            try:
-                env = lmdb.open(str(self.folder), max_readers=512, **options)
-                if (env.info()["last_pgno"] + 1) * env.stat()["psize"] <= path.stat().st_size:
-                    return env
-                env.close()  # cut short: to read beyond its end would kill the process
-            except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError):
-                pass
-            except lmdb.Error as error:  # not damaged: no memory for it, or no right to read it
-                self._refuse(error)
-            warnings.warn(f"{path} cannot be read; the cache is begun again", UserWarning, stacklevel=2)
-            for name in ("data.mdb", "lock.mdb"):
-                (self.folder / name).unlink(missing_ok=True)
-        self._refuse("its file cannot be read")
-
-    def _refuse(self, why: object) -> NoReturn:
-        raise UnfreezeError(f"{self.folder} cannot hold a cache: {why}. Give another folder: cache='disk:FOLDER'.")
-
-
-def _pack(row: torch.Tensor) -> bytes:
-    payload = row.contiguous().view(torch.uint8).numpy().tobytes()
-    shape = struct.pack(f"<{row.dim()}I", *row.shape)
-    return HEADER.pack(VERSION, DTYPES.index(row.dtype), row.dim(), zlib.crc32(payload)) + shape + payload
-
-
-def _unpack(value: Any) -> torch.Tensor | None:
-    if value is None or len(value) < HEADER.size:
-        return None
-    version, dtype, dimensions, checksum = HEADER.unpack_from(value)
-    start = HEADER.size + 4 * dimensions
-    payload = bytearray(value[start:])
-    if version != VERSION or zlib.crc32(payload) != checksum:
-        return None
-    shape = struct.unpack_from(f"<{dimensions}I", value, HEADER.size)
-    return torch.frombuffer(payload, dtype=DTYPES[dtype]).reshape(shape)

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderShard
 from torch import nn
 from transformers import (
     EarlyStoppingCallback,
@@ -29,10 +30,12 @@ from transformers import (
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from ._ahead import Ahead, holds_all
+from ._coming import Coming
 from ._plan import model_card_section
 from ._plateau import with_metric
 from ._probe import Probe
 from ._timeline import group_names, timeline
+from .cache import FrozenPrefixCache
 from .distributed import DEEPSPEED
 from .errors import EnvironmentRefused, ScheduleError, near_match
 from .schedule import Schedule, parse_schedule
@@ -44,10 +47,9 @@ __all__ = [
     "checkpoint_resumed",
     "complete_schedule",
     "extend_model_card",
-    "loss_is_the_models",
+    "inform",
     "newest_checkpoint",
     "probe_of",
-    "read_ahead",
     "refuse",
     "restart_patience",
     "show_timeline",
@@ -164,9 +166,24 @@ def steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
     return max(-(-batches // args.gradient_accumulation_steps), 1)
 
 
-def read_ahead(trainer: Trainer | None, state: TrainerState, dataloader: Any, per_epoch: int | None) -> Ahead | None:
+def inform(
+    cache: FrozenPrefixCache, trainer: Trainer | None, state: TrainerState, dataloader: Any, per_epoch: int | None
+) -> None:
+    """Tell a cache what it cannot see in a forward: what will come by, and what reads the output."""
+    if trainer is None:
+        return
+    cache.active.only_loss_counts = _loss_is_the_models(trainer)
+    if getattr(trainer._prepare_inputs, "__func__", None) is not Trainer._prepare_inputs:
+        return  # it does more than to move a batch: some write text there
+    cache.active.ahead = _read_ahead(trainer, state, dataloader, per_epoch)
+    base = getattr(dataloader, "base_dataloader", None)
+    if cache.fetches and base is not None and isinstance(dataloader, DataLoaderShard):
+        cache.active.coming = Coming(base, trainer._prepare_inputs)
+
+
+def _read_ahead(trainer: Trainer, state: TrainerState, dataloader: Any, per_epoch: int | None) -> Ahead | None:
     """Return what the cache may compute before it comes by: all of the data, where this process will see it all."""
-    if trainer is None or per_epoch is None:
+    if per_epoch is None:
         return None
     args, until = trainer.args, state.global_step + per_epoch
     fits = state.train_batch_size or args.train_batch_size  # less than asked for under auto_find_batch_size
@@ -176,9 +193,9 @@ def read_ahead(trainer: Trainer | None, state: TrainerState, dataloader: Any, pe
     return Ahead(dataloader, trainer._prepare_inputs, at_a_time, until, show_progress=not args.disable_tqdm)
 
 
-def loss_is_the_models(trainer: Trainer | None) -> bool:
+def _loss_is_the_models(trainer: Trainer) -> bool:
     """Whether in training nothing reads what the model returns but the loss among it."""
-    if trainer is None or trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+    if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
         return False
     return getattr(trainer.compute_loss, "__func__", None) is Trainer.compute_loss
 

@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from ._caching import Caching
-from ._store import DiskStore, MemoryStore, Store, free_memory
+from ._disk import DiskStore
+from ._store import MemoryStore, Store, free_memory
+from ._tiers import Tiers
 from .errors import UnfreezeError, near_match
 from .freezing import Follower
 from .schedule import RECOMMENDED, Phase, Schedule
@@ -88,6 +90,7 @@ class FrozenPrefixCache:
         self.stats = CacheStats()
         self.active: Caching  # once it follows a model
         self.store: Store
+        self.fetches = False  # whether it gains from knowing what comes next
         if store == "disk":
             self.store = DiskStore(folder or FOLDER, max_bytes)
         elif store == "device":
@@ -144,9 +147,14 @@ class FrozenPrefixCache:
             upcoming: Returns the present and the later phases: what they will need is kept in passing.
             prefix_dtype: What the frozen blocks compute in, where that is not the dtype of the model.
         """
-        if isinstance(self.store, MemoryStore) and not self.store.max_bytes:
-            self.store.max_bytes = free_memory(next(model.parameters()).device) // 4
-        self.active = Caching(self.store, self.stats, self.dtype, model, upcoming, prefix_dtype)
+        store, weight = self.store, next(model.parameters())
+        if isinstance(store, MemoryStore) and not store.max_bytes:
+            store.max_bytes = free_memory(weight.device) // 4
+        near = MemoryStore(free_memory() // 4)
+        self.fetches = isinstance(store, DiskStore) and near.takes(weight)
+        if isinstance(store, DiskStore) and self.fetches:
+            store = Tiers(near, store)
+        self.active = Caching(store, self.stats, self.dtype, model, upcoming, prefix_dtype)
         return self.active
 
 

@@ -19,9 +19,8 @@ from ._trainer import (
     calling_trainer,
     complete_schedule,
     extend_model_card,
-    loss_is_the_models,
+    inform,
     probe_of,
-    read_ahead,
     refuse,
     restart_patience,
     show_timeline,
@@ -169,9 +168,7 @@ class UnfreezeCallback(TrainerCallback):
         if self.reinitialize and not state.global_step:
             self._draw_anew(model, args.seed)
         if self.cache is not None:
-            loader = kwargs.get("train_dataloader")
-            self.cache.active.only_loss_counts = loss_is_the_models(trainer)
-            self.cache.active.ahead = read_ahead(trainer, state, loader, self._steps_per_epoch)
+            inform(self.cache, trainer, state, kwargs.get("train_dataloader"), self._steps_per_epoch)
         if trainer is not None:
             self._attach(trainer)
             self._live = LiveView(trainer, self.unfreezer, self._steps_per_epoch, self.cache)

@@ -100,6 +100,16 @@ class Renames(Trainer):
         return model(inputs_embeds=model.get_input_embeddings()(ids), **inputs).loss
 
 
+class Prepares(Trainer):
+    """Does more with a batch than to move it, as trainers do that generate, and counts how often."""
+
+    prepared = 0
+
+    def _prepare_inputs(self, inputs):
+        type(self).prepared += 1
+        return super()._prepare_inputs(inputs)
+
+
 class Subset(Trainer):
     """An epoch of this is a third of the data."""
 
@@ -129,6 +139,14 @@ def test_a_trainer_that_makes_other_inputs(make_trainer):
     plain, _ = run(make_trainer, kind=Renames, cache=None)
     cached, _ = run(make_trainer, kind=Renames)
     assert_close_weights(plain, cached)
+
+
+def test_a_trainer_that_prepares_its_inputs_in_its_own_way_does_so_once_a_step(make_trainer, monkeypatch, tmp_path):
+    monkeypatch.setattr("hf_unfreeze._store.of_gpu", lambda activations: True)
+    for _ in range(2):  # the second from a file that is full
+        before = Prepares.prepared
+        trainer, _ = run(make_trainer, kind=Prepares, cache=f"disk:{tmp_path}")
+        assert Prepares.prepared - before == trainer.state.global_step
 
 
 def test_random_numbers_are_those_without(make_trainer):

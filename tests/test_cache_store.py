@@ -13,9 +13,10 @@ from transformers import HfArgumentParser
 
 from hf_unfreeze import FrozenPrefixCache, UnfreezeArguments, UnfreezeCallback, UnfreezeError, Unfreezer, _keys
 from hf_unfreeze import _activations as activations_module
+from hf_unfreeze._disk import DiskStore
 from hf_unfreeze._keys import Unkeyed, fingerprint, read_batch
 from hf_unfreeze._slabs import SIZE
-from hf_unfreeze._store import DiskStore, MemoryStore
+from hf_unfreeze._store import MemoryStore
 from hf_unfreeze.report import timeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:schedule .* will not reach:UserWarning")

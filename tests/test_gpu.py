@@ -22,11 +22,17 @@ PRECISIONS = {"fp32": {}, "tf32": {"tf32": True}, "bf16": {"bf16": True}, "fp16"
 FUSED = {"fp16": True, "optim": "adamw_torch_fused"}  # the scaler is inside of the optimizer's kernel
 
 
+@pytest.fixture(autouse=True)
+def _products_as_before():
+    """``tf32=True`` is a setting of the process, which the next test would inherit."""
+    before = torch.backends.fp32_precision
+    yield
+    torch.backends.fp32_precision = before
+
+
 @pytest.fixture(params=PRECISIONS)
 def precision(request):
-    before = torch.backends.fp32_precision
-    yield PRECISIONS[request.param]
-    torch.backends.fp32_precision = before
+    return PRECISIONS[request.param]
 
 
 @pytest.mark.parametrize("arguments", [*PRECISIONS.values(), FUSED], ids=[*PRECISIONS, "fp16 fused"])

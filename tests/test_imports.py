@@ -12,17 +12,16 @@ import pytest
 import hf_unfreeze
 
 PACKAGE = Path(hf_unfreeze.__file__).parent
-ORDER = ["errors", "_time", "_spec", "_openings", "_top", "_named", "_arguments", "_phases", "_deciding",
-         "schedule", "architectures", "_roles", "_quirks", "_blocks", "_siblings", "_structure", "_runs",
-         "_naming", "_loose", "_trace", "detection", "_rows", "_matcher", "groups", "_fixed", "_quantised",
-         "_adapters", "_shadow", "freezing",
-         "_parts", "optim", "_rates", "_compiling", "_checkpointing", "_options", "_kept", "_fresh",
-         "regularization", "_agreement", "_reducer", "_sharded", "distributed", "_keys", "_slabs", "_store",
-         "_places", "_prefix", "_prefixes", "_precision", "_fingerprints", "_exact", "_activations", "_stacks",
-         "_ahead", "_caching", "cache", "criteria", "_outputs", "_probe", "_plateau", "_measured", "_learnt",
-         "_decisions", "_coverage", "_at_work", "_transition", "_resume", "_followers", "unfreezer", "_history",
-         "_plan", "_scale", "_watch", "_timeline", "_heatmap", "_trainer", "_resumed", "_live", "_training_arguments",
-         "callback", "report", "_search", "cli", "__main__"]  # fmt: skip
+ORDER = ["errors", "_time", "_spec", "_openings", "_top", "_named", "_arguments", "_phases", "_deciding", "schedule",
+         "architectures", "_roles", "_quirks", "_blocks", "_siblings", "_structure", "_runs", "_naming", "_loose",
+         "_trace", "detection", "_rows", "_matcher", "groups", "_fixed", "_quantised", "_adapters", "_shadow",
+         "freezing", "_parts", "optim", "_rates", "_compiling", "_checkpointing", "_options", "_kept", "_fresh",
+         "regularization", "_agreement", "_reducer", "_sharded", "distributed", "_keys", "_slabs", "_store", "_disk",
+         "_tiers", "_coming", "_places", "_prefix", "_prefixes", "_precision", "_fingerprints", "_exact",
+         "_activations", "_stacks", "_ahead", "_caching", "cache", "criteria", "_outputs", "_probe", "_plateau",
+         "_measured", "_learnt", "_decisions", "_coverage", "_at_work", "_transition", "_resume", "_followers",
+         "unfreezer", "_history", "_plan", "_scale", "_watch", "_timeline", "_heatmap", "_trainer", "_resumed",
+         "_live", "_training_arguments", "callback", "report", "_search", "cli", "__main__"]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", ORDER)
