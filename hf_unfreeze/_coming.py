@@ -19,11 +19,12 @@ class Coming:
     Args:
         base: The loader whose batches are looked at; its ``__iter__`` is called by name.
         prepare: Puts what comes out of it where the model is.
+        at_once: Batches that are fetched before the model is given the first of them.
     """
 
-    def __init__(self, base: Any, prepare: Callable[[Any], Mapping[str, Any]]) -> None:
+    def __init__(self, base: Any, prepare: Callable[[Any], Mapping[str, Any]], at_once: int) -> None:
         self._base, self._prepare = base, prepare
-        self._fetched: deque[Any] = deque()
+        self._fetched: deque[Any] = deque(maxlen=at_once + 1)  # no more: nobody may come for them
         self._given: Mapping[str, Any] = {}
         vars(base)["__iter__"] = self._batches
 

@@ -1,4 +1,4 @@
-"""Where runs share activations: an lmdb file, and a store of main memory before it that a GPU reads."""
+"""Where runs share activations: an lmdb file."""
 
 from __future__ import annotations
 

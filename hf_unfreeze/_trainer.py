@@ -178,7 +178,8 @@ def inform(
     cache.active.ahead = _read_ahead(trainer, state, dataloader, per_epoch)
     base = getattr(dataloader, "base_dataloader", None)
     if cache.fetches and base is not None and isinstance(dataloader, DataLoaderShard):
-        cache.active.coming = Coming(base, trainer._prepare_inputs)
+        at_once = trainer.args.gradient_accumulation_steps
+        cache.active.coming = Coming(base, trainer._prepare_inputs, at_once)
 
 
 def _read_ahead(trainer: Trainer, state: TrainerState, dataloader: Any, per_epoch: int | None) -> Ahead | None:

@@ -135,7 +135,7 @@ def test_the_loader_is_left_as_it_was(make_trainer, tmp_path):
 
 def test_an_unknown_batch_to_come_is_not_fetched():
     batches = [{"input_ids": torch.ones(2, 3)}, [torch.ones(2, 3)], {"input_ids": torch.ones(2, 3)}]
-    coming = Coming(torch.utils.data.DataLoader(batches, batch_size=None), dict)
+    coming = Coming(torch.utils.data.DataLoader(batches, batch_size=None), dict, 1)
     loader = iter(coming._base.__iter__())
     given = next(loader)
     next(loader)
@@ -147,6 +147,8 @@ def test_an_unknown_batch_to_come_is_not_fetched():
     assert torch.equal(coming.like({**given, "flag": True})["input_ids"], batches[2]["input_ids"])
     coming.begin(given)
     assert coming.like(given) is None, "the last"
+    assert len([*loader]) == 0 and len([*coming._base.__iter__()]) == 3
+    assert len(coming._fetched) == 2, "no more are held, where no model is given them"
 
 
 @given(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=6), max_size=20), st.integers(64, 2000))
