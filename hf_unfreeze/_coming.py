@@ -56,3 +56,4 @@ class Coming:
         """Look at the loader no more."""
         vars(self._base).pop("__iter__", None)
         self._fetched.clear()
+        self._given = {}

@@ -45,6 +45,6 @@ class Slab:
     def slot(self, dtype: torch.dtype, shape: Sequence[int]) -> Slot:
         """Return room for one more row."""
         end = self._used + dtype.itemsize * math.prod(shape)
-        row = self._memory[self._used : end].view(dtype).reshape(*shape)
+        row = self._memory[self._used : end].view(dtype).reshape(tuple(shape))
         self._used = -(-end // ALIGN) * ALIGN
         return Slot(row, self)

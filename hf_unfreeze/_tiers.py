@@ -62,7 +62,7 @@ class Tiers:
             slots[key].row.copy_(row, non_blocking=True)
             devices.add(row.device)
         for device in devices:
-            torch.get_device_module(device).synchronize()
+            torch.get_device_module(device).synchronize(device)
         self._near.adopt(slots)
         self._far.put((key, slot.row) for key, slot in slots.items())
 
