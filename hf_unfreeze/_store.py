@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 from ._slabs import SIZE, Slab, Slot
 
 __all__ = ["MemoryStore", "Store", "free_memory"]
+
+# Where torchrun and those that launch by MPI say how many processes are on this machine.
+SHARING = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 
 class Store(Protocol):
@@ -47,18 +51,20 @@ def of_gpu(activations: torch.Tensor) -> bool:
 def free_memory(device: torch.device | None = None) -> int:
     """Return the bytes that are free on a device, or in main memory where it has none of its own.
 
-    8 GiB where the operating system does not say.
+    8 GiB where the operating system does not say. Of main memory each process that was launched on this machine has
+    its share.
     """
     of_device = getattr(torch.get_device_module(device), "mem_get_info", None) if device is not None else None
     if of_device is not None:
         return int(of_device(device)[0])
+    sharing = next((int(os.environ[name]) for name in SHARING if name in os.environ), 1)
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return int(line.split()[1]) * 1024 // sharing
     except OSError:
         pass  # another system than Linux
-    return 8 << 30
+    return (8 << 30) // sharing
 
 
 class MemoryStore:

@@ -16,6 +16,7 @@ import trainer_runs
 
 from hf_unfreeze import layer_groups, parse_schedule
 from hf_unfreeze._scale import scale_rows
+from hf_unfreeze._store import free_memory
 
 LAUNCHED = Path(__file__).parent / "launched"
 LAUNCH_FILES = Path(__file__).parent.parent / "recipes" / "launch"
@@ -227,6 +228,21 @@ def test_the_trainer_on_two_ranks_equals_one_process(trainer, name):
     assert result["equal"] and result["restored"]
     assert result["sent"] == result["trainable"] and len(set(result["sent"])) == 5
     assert distance(folder, name, f"{name}-one") < 1e-12
+
+
+@pytest.mark.parametrize("name", trainer_runs.CACHES)
+def test_two_ranks_with_a_cache_end_as_without(trainer, name):
+    results, folder = trainer
+    result = results[name]
+    assert result["ranks"] == [2, 2] and result["off"] == ["", ""] and result["equal"]
+    assert distance(folder, name, "plain") < 1e-10
+    examples = 28
+    if name == "in_memory":  # what the other has computed is not at hand
+        assert all(examples / 2 < misses <= examples for misses in result["misses"])
+        assert all(most == pytest.approx(free_memory() / 4 / 2, rel=0.5) for most in result["max_bytes"])
+    else:  # nobody computes what the other has
+        assert sum(result["misses"]) == (examples if name == "on_disk" else 0)
+    assert all(hits > 0 for hits in result["hits"])
 
 
 @resumes

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from shared import end, everywhere, ranks_equal, run
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from trainer_runs import RESUMES, RUNS, make, two_rank_options
+from trainer_runs import CACHES, RESUMES, RUNS, make, two_rank_options
 from transformers import TrainerCallback
+
+from hf_unfreeze import UnfreezeCallback
 
 folder = Path(sys.argv[1]).parent
 
@@ -64,6 +66,20 @@ def resumed(name: str, steps=range(1, 21), **options) -> dict:
     return {"different": different}
 
 
+def cached(name: str, cache: str) -> dict:
+    """Train over a cache."""
+    trainer = make(folder / name, cache=cache, **two_rank_options({}))
+    trainer.train()
+    if trainer.is_world_process_zero():
+        torch.save(trainer.model.state_dict(), folder / f"{name}.pt")
+    (used,) = [each.cache for each in trainer.callback_handler.callbacks if isinstance(each, UnfreezeCallback)]
+    return {
+        "equal": ranks_equal(trainer.model), "ranks": everywhere(trainer.args.world_size),
+        "off": everywhere(used.active.off), "hits": everywhere(used.stats.hits),
+        "misses": everywhere(used.stats.misses), "max_bytes": everywhere(used.store.max_bytes),
+    }  # fmt: skip
+
+
 def from_one() -> dict:
     """Go on from a checkpoint that one process has written."""
     trainer = make(folder / "from_one", save_strategy="steps", save_steps=16, **two_rank_options({}))
@@ -80,8 +96,9 @@ scenarios = {
     "accumulated": partial(whole, "accumulated", **RUNS["accumulated"]),
     "accumulated_resumed": partial(resumed, "accumulated", (1, 4, 7, 10), **RUNS["accumulated"]),
     "from_one": from_one,
+    **{name: partial(cached, name, cache.format(folder)) for name, cache in CACHES.items()},
 }
 if not RESUMES:
-    scenarios = {name: scenario for name, scenario in scenarios.items() if name in RUNS}
+    scenarios = {name: scenario for name, scenario in scenarios.items() if name in RUNS | CACHES}
 run(scenarios)
 end()

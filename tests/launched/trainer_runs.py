@@ -24,13 +24,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "accumulated": {"gradient_accumulation_steps": 2, "num_train_epochs": 5},
 }
 
+CACHES = {"in_memory": "memory", "on_disk": "disk:{}/cache", "on_disk_again": "disk:{}/cache"}
+
 
 def two_rank_options(options: dict[str, Any]) -> dict[str, Any]:
     """Half the batch, and a loss that is averaged as one process averages it."""
     return {"per_device_train_batch_size": 2, "average_tokens_across_devices": False, **options}
 
 
-def make(output_dir: Path, *callbacks, **options) -> Trainer:
+def make(output_dir: Path, *callbacks, cache: str | None = None, **options) -> Trainer:
     """A Trainer over the tiny BERT in fp64, without dropout, which ranks draw differently."""
     defaults = {
         "output_dir": str(output_dir), "per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 1e-2,
@@ -41,5 +43,5 @@ def make(output_dir: Path, *callbacks, **options) -> Trainer:
         model=tiny_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double(),
         args=TrainingArguments(**(defaults | options)),
         train_dataset=tiny_data(),
-        callbacks=[UnfreezeCallback(SCHEDULE, layer_decay=0.8, block_warmup="2step"), *callbacks],
+        callbacks=[UnfreezeCallback(SCHEDULE, layer_decay=0.8, block_warmup="2step", cache=cache), *callbacks],
     )
