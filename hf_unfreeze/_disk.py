@@ -137,6 +137,7 @@ class DiskStore:
             try:
                 env = lmdb.open(str(self.folder), max_readers=512, **options)
                 if (env.info()["last_pgno"] + 1) * env.stat()["psize"] <= path.stat().st_size:
+                    env.reader_check()  # a process that was killed as it read would hold its place
                     return env
                 env.close()  # cut short: to read beyond its end would kill the process
             except (lmdb.InvalidError, lmdb.CorruptedError, lmdb.VersionMismatchError):
