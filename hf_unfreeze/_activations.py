@@ -122,12 +122,11 @@ class Activations:
         """Let the store fetch what the next batch will ask for; nothing where that is not known."""
 
         def keys() -> list[bytes]:
-            inputs = following()
-            batch = None
-            if inputs is not None:
-                with contextlib.suppress(Unkeyed):
+            with contextlib.suppress(Unkeyed):
+                if (inputs := following()) is not None:
                     batch = self.read(inputs, ragged)
-            return [] if batch is None else self._stored_as(boundary, batch, range(batch.size))
+                    return self._stored_as(boundary, batch, range(batch.size))
+            return []
 
         self.store.expect(keys)
 

@@ -57,10 +57,11 @@ class DiskStore:
         except OSError as error:
             self._refuse(error)
         self._writes = True
-        if self.folder not in _OPEN:
+        shared = self.folder in _OPEN
+        if not shared:
             _OPEN[self.folder] = self._open(lmdb, max_bytes), threading.Lock()
         self._env, self._lock = _OPEN[self.folder]
-        if max_bytes is not None:  # for all who share it
+        if shared and max_bytes is not None:  # for all who share it
             with self._lock:  # lmdb must not be reading meanwhile
                 self._env.set_mapsize(max_bytes + SLACK)
 
@@ -102,11 +103,11 @@ class DiskStore:
         """Keep these, until the file or the disk is full."""
         if not self._writes:
             return
-        rows = [*items]
-        packed = _in_threads(_pack, rows, sum(row.nbytes for _, row in rows))
+        rows = dict(items)
+        packed = _in_threads(_pack, [*rows.values()], sum(row.nbytes for row in rows.values()))
         try:
             with self._lock, self._begin(write=True) as transaction:
-                for (key, _), value in zip(rows, packed, strict=True):
+                for key, value in zip(rows, packed, strict=True):
                     transaction.put(key, value)
         except self._error as error:
             self._stop(error)
@@ -175,8 +176,7 @@ class _Packed(NamedTuple):
         return cls(memoryview(value)[start:], (DTYPES[dtype], shape), checksum)
 
 
-def _pack(item: tuple[bytes, torch.Tensor]) -> bytearray:
-    _, row = item
+def _pack(row: torch.Tensor) -> bytearray:
     shape = struct.pack(f"<{row.dim()}I", *row.shape)
     start = HEADER.size + len(shape)
     value = bytearray(start + row.nbytes)

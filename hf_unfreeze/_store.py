@@ -107,9 +107,7 @@ class MemoryStore:
                 self._rows.move_to_end(key)
             elif row.nbytes <= self.max_bytes:
                 if of_gpu(row) and not self.beside_model:
-                    slot = self.room(row.dtype, row.shape)
-                    slot.row.copy_(row, non_blocking=True)
-                    self._take_over(key, slot)
+                    self._take_over(key, self.copied(row))
                 else:
                     self._rows[key] = row.clone()
                     self._nbytes += row.nbytes
@@ -121,6 +119,12 @@ class MemoryStore:
         if self._filling is None or not self._filling.fits(nbytes):
             self._filling = Slab(max(nbytes, min(SIZE, self.max_bytes // 8)))
         return self._filling.slot(dtype, shape)
+
+    def copied(self, row: torch.Tensor) -> Slot:
+        """Return such memory with a copy of a row, which a GPU may still be writing."""
+        slot = self.room(row.dtype, row.shape)
+        slot.row.copy_(row, non_blocking=True)
+        return slot
 
     def adopt(self, slots: Mapping[bytes, Slot]) -> None:
         """Keep rows that lie in slabs already; the least recently used go."""

@@ -56,12 +56,9 @@ class Tiers:
     def put(self, items: Iterable[tuple[bytes, torch.Tensor]]) -> None:
         """Keep these, as far as there is room."""
         self._wait()
-        slots, devices = {}, set()
-        for key, row in items:
-            slots[key] = self._near.room(row.dtype, row.shape)
-            slots[key].row.copy_(row, non_blocking=True)
-            devices.add(row.device)
-        for device in devices:
+        rows = dict(items)
+        slots = {key: self._near.copied(row) for key, row in rows.items()}
+        for device in {row.device for row in rows.values()}:
             torch.get_device_module(device).synchronize(device)
         self._near.adopt(slots)
         self._far.put((key, slot.row) for key, slot in slots.items())
@@ -86,6 +83,7 @@ class Tiers:
             return slots[key].row
 
         missing = [key for key, row in near.items() if row is None]
-        far = {key: row for key, row in zip(missing, self._far.get(missing, room), strict=True) if row is not None}
+        read = self._far.get(missing, room) if missing else []
+        far = {key: row for key, row in zip(missing, read, strict=True) if row is not None}
         self._near.adopt({key: slots[key] for key in far})
         return [far.get(key, near[key]) for key in keys], bool(far)

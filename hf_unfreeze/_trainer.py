@@ -173,7 +173,7 @@ def inform(
     if trainer is None:
         return
     cache.active.only_loss_counts = _loss_is_the_models(trainer)
-    if getattr(trainer._prepare_inputs, "__func__", None) is not Trainer._prepare_inputs:
+    if not _is_as_usual(trainer, "_prepare_inputs"):
         return  # it does more than to move a batch: some write text there
     cache.active.ahead = _read_ahead(trainer, state, dataloader, per_epoch)
     base = getattr(dataloader, "base_dataloader", None)
@@ -198,7 +198,12 @@ def _loss_is_the_models(trainer: Trainer) -> bool:
     """Whether in training nothing reads what the model returns but the loss among it."""
     if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
         return False
-    return getattr(trainer.compute_loss, "__func__", None) is Trainer.compute_loss
+    return _is_as_usual(trainer, "compute_loss")
+
+
+def _is_as_usual(trainer: Trainer, method: str) -> bool:
+    """Whether neither a class of one's own nor this object has changed a method of the Trainer."""
+    return getattr(getattr(trainer, method), "__func__", None) is getattr(Trainer, method)
 
 
 def _frames() -> Iterator[tuple[Trainer, dict[str, Any]]]:

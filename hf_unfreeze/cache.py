@@ -150,10 +150,10 @@ class FrozenPrefixCache:
         store, weight = self.store, next(model.parameters())
         if isinstance(store, MemoryStore) and not store.max_bytes:
             store.max_bytes = free_memory(weight.device) // 4
-        near = MemoryStore(free_memory() // 4)
-        self.fetches = isinstance(store, DiskStore) and near.takes(weight)
-        if isinstance(store, DiskStore) and self.fetches:
-            store = Tiers(near, store)
+        if isinstance(store, DiskStore):
+            near = MemoryStore(free_memory() // 4)
+            self.fetches = near.takes(weight)
+            store = Tiers(near, store) if self.fetches else store
         self.active = Caching(store, self.stats, self.dtype, model, upcoming, prefix_dtype)
         return self.active
 
